@@ -6,8 +6,8 @@
 __all__ = ['NAMES', 'LETTERS', 'ImageSet', 'from_arrays', 'Splits', 'share', 'hold_out', 'thin', 'split', 'load_data', 'printed',
            'contact_sheet', 'batch_bounds', 'Batches']
 
-# %% ../nbs/10_data.ipynb #e618b2dc
-import contextlib, functools, sys, zipfile
+# %% ../nbs/10_data.ipynb #efbf651b
+import contextlib, functools, itertools, sys, zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .core import InputError, check_name, rng
 
-# %% ../nbs/10_data.ipynb #aacf0fb3
+# %% ../nbs/10_data.ipynb #d0fc9213
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     "Images with their labels; raises `InputError` when they do not fit together."
@@ -44,36 +44,54 @@ class ImageSet:
 
     def __len__(self) -> int: return len(self.labels)
 
-    def subset(self, index: np.ndarray | Tensor | Sequence[int]) -> 'ImageSet':
-        "The images at `index`, in that order, in memory of their own."
-        i = torch.as_tensor(index, dtype=torch.int64, device=self.labels.device)
-        return ImageSet(self.images[i], self.labels[i], self.classes)
+# %% ../nbs/10_data.ipynb #bc5bbebb
+@patch
+def subset(self: ImageSet,
+    index: np.ndarray | Tensor | Sequence[int], # Positions (m,)
+) -> ImageSet: # m images in that order
+    "The images at `index`, in memory of their own."
+    i = torch.as_tensor(index, dtype=torch.int64, device=self.labels.device)
+    return ImageSet(self.images[i], self.labels[i], self.classes)
 
-    def to(self, device: str | torch.device) -> 'ImageSet':
-        "The same images on `device`; nothing is copied when they are there already."
-        return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
-
-# %% ../nbs/10_data.ipynb #0e2027d7
-def from_arrays(
-    x: np.ndarray, # uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3)
-    y: np.ndarray, # Whole numbers (n,), counted from 0
-    classes: Sequence[str] | None = None, # The name of each class; by default '0', '1', ... up to the largest label
+# %% ../nbs/10_data.ipynb #2d09dc22
+@patch
+def to(self: ImageSet,
+    device: str | torch.device, # 'cpu', 'cuda', ...
 ) -> ImageSet:
-    "Images and labels given as arrays. Raises `InputError` for any other type or shape."
-    x, y = np.asarray(x), np.asarray(y)
+    "The same images on `device`; nothing is copied when they are there already."
+    return ImageSet(self.images.to(device), self.labels.to(device), self.classes)
+
+# %% ../nbs/10_data.ipynb #47371400
+def _check_arrays(x: np.ndarray, y: np.ndarray) -> None:
+    "Raise `InputError` unless `x` are images as bytes and `y` one whole number for each."
     if x.dtype != np.uint8:
         raise InputError(f'images must be uint8 (0 to 255), got {x.dtype}: multiply values in 0 to 1 by 255, then cast with .astype(np.uint8)')
-    if x.ndim == 3: x = x[..., None]
-    if x.ndim != 4 or x.shape[3] not in (1, 3):
+    if x.ndim not in (3, 4) or x.ndim == 4 and x.shape[3] not in (1, 3):
         raise InputError(f'images must have shape (n, h, w), (n, h, w, 1) or (n, h, w, 3), got {x.shape}: put the channels last')
     if y.ndim != 1 or y.dtype.kind not in 'iu':
         raise InputError(f'labels must be one whole number per image, got {y.dtype} {y.shape}: cast with .astype(np.int64)')
     if len(x) != len(y): raise InputError(f'there are {len(x)} images but {len(y)} labels')
-    if classes is None:
-        top = int(y.max(initial=0))
-        if top > len(y): raise InputError(f'label {top} at position {int(y.argmax())} is larger than the number of images: number the classes from 0 without gaps')
-        classes = map(str, range(top + 1))
-    return ImageSet(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))), torch.from_numpy(y.astype(np.int64)), tuple(classes))
+
+# %% ../nbs/10_data.ipynb #24556907
+def _default_classes(y: np.ndarray) -> list[str]:
+    "The names '0', '1', ... up to the largest label, which is below the number of images if there are no gaps."
+    top = int(y.max(initial=0))
+    if top >= max(len(y), 1):
+        raise InputError(f'label {top} at position {int(y.argmax())} with {len(y)} images: number the classes from 0 without gaps')
+    return [str(k) for k in range(top + 1)]
+
+# %% ../nbs/10_data.ipynb #92fc1aa7
+def from_arrays(
+    x: np.ndarray, # uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3)
+    y: np.ndarray, # Whole numbers (n,), counted from 0
+    classes: Sequence[str] | None = None, # The name of each class; by default '0', '1', ... up to the largest label
+) -> ImageSet: # In memory of its own
+    "Images and labels given as arrays. Raises `InputError` for any other type or shape."
+    x, y = np.asarray(x), np.asarray(y)
+    _check_arrays(x, y)
+    if x.ndim == 3: x = x[..., None]
+    classes = _default_classes(y) if classes is None else classes
+    return ImageSet(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(y.astype(np.int64)), tuple(classes))
 
 # %% ../nbs/10_data.ipynb #1b357c7a
 @dataclass(frozen=True, eq=False)
@@ -177,7 +195,7 @@ def _within(what: str) -> Iterator[None]:
     try: yield
     except (InputError, OSError) as e: raise InputError(f'{what}: {e}') from None
 
-# %% ../nbs/10_data.ipynb #94e9262e
+# %% ../nbs/10_data.ipynb #4b94be05
 def _npz_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     "The arrays of an .npz whose names we know, and the names of all."
     if not zipfile.is_zipfile(path): raise InputError('not an .npz file, or cut short')
@@ -188,21 +206,23 @@ def _npz_arrays(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
                 if k in wanted: arrays[k] = np.asarray(z[k])
     except Exception as e: # damaged bytes raise a dozen types in numpy, zipfile and zlib
         if 'allow_pickle' in str(e):
-            raise InputError(f'array {k!r} holds pickled Python objects, which could run code and are never loaded: save plain numbers, and names as dtype str') from None
+            raise InputError(f'array {k!r} holds pickled Python objects, which could run code and are never loaded: '
+                             'save plain numbers, and names as dtype str') from None
         raise InputError(f'cannot be read whole ({type(e).__name__}: {e})') from None
     return arrays, found
 
-# %% ../nbs/10_data.ipynb #8bc9ade8
+# %% ../nbs/10_data.ipynb #58f826c5
 def _read_npz(path: Path) -> dict[str, ImageSet]:
     "The parts in an .npz: 'train', and 'test' if it has one."
     arrays, found = _npz_arrays(path)
     pair = next((p for p in _PAIRS if p[0] in arrays and p[1] in arrays), None)
     if pair is None or len(arrays.keys() & set(_TEST)) == 1:
-        raise InputError("must hold arrays x_train and y_train (with x_test and y_test or without), or x and y, or images and labels; "
-                         f"found: {', '.join(found) or 'none'}")
+        raise InputError('must hold arrays x_train and y_train (with x_test and y_test or without), or x and y, or images and labels; '
+                         f'found: {", ".join(found) or "none"}')
     names, parts = arrays.get('classes'), {}
     if names is not None: names = [n.decode() if isinstance(n, bytes) else str(n) for n in np.atleast_1d(names).tolist()]
-    for part, (x, y) in {'train': pair, **({'test': _TEST} if _TEST[0] in arrays else {})}.items():
+    for part, (x, y) in zip(('train', 'test'), (pair, _TEST)):
+        if x not in arrays: continue
         with _within(f'{x}, {y}'): parts[part] = from_arrays(arrays[x], arrays[y], names)
         names = parts['train'].classes
     return parts
@@ -231,31 +251,37 @@ def _pixels(file: Path, size: int) -> np.ndarray:
         if im.mode[0] in 'IF': raise ValueError(f'mode {im.mode} has more than 8 bits a channel')
         return np.asarray(im.convert('RGB').resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
-# %% ../nbs/10_data.ipynb #2368eff8
+# %% ../nbs/10_data.ipynb #f94548fc
 def _read_classes(top: Path, classes: tuple[str, ...], size: int, skip_bad: bool) -> tuple[ImageSet, int]:
     "The pictures in the class folders of `top`, and how many were left out."
-    strange = [name for name in _folders(top) if name not in classes]
-    if strange: raise InputError(f'{str(top/strange[0])!r} is a class that train does not have')
     files = [(f, classes.index(name)) for name in _folders(top) for f in _image_files(top/name)]
     images, labels = torch.empty(len(files), 3, size, size, dtype=torch.uint8), []
     for file, label in files:
         try: images[len(labels)] = torch.tensor(_pixels(file, size))
         except Exception as e: # Pillow's readers raise a dozen types for damaged bytes
-            if not skip_bad: raise InputError(f'picture {str(file)!r} cannot be read ({e}): mend or remove it, or leave such pictures out with --skip-bad') from None
-        else: labels.append(label)
+            if skip_bad: continue
+            raise InputError(f'picture {str(file)!r} cannot be read ({e}): mend or remove it, or leave such pictures out with --skip-bad') from None
+        labels.append(label)
     return ImageSet(images[:len(labels)], torch.tensor(labels, dtype=torch.int64), classes), len(files) - len(labels)
 
-# %% ../nbs/10_data.ipynb #411c8b55
-def _read_folder(top: Path, size: int, skip_bad: bool) -> tuple[dict[str, ImageSet], int]:
-    "The parts in a folder, and how many unreadable pictures were left out."
+# %% ../nbs/10_data.ipynb #a0868f56
+def _layout(top: Path) -> dict[str, Path]:
+    "Where the parts of a data folder are; 'train' is always among them."
     names = {'train': 'train', 'val': 'valid', 'valid': 'valid', 'test': 'test'}
     where = {part: top/name for name, part in names.items() if (top/name).is_dir() and _folders(top/name)}
-    if not set(_folders(top)) - set(names) and 'train' not in where: raise InputError(f'has no class folders: {_LAYOUT}')
-    if 'train' not in where:
-        if where: raise InputError(f'has {next(iter(where))}/ but no train/: {_LAYOUT}')
-        where = {'train': top}
+    if 'train' in where: return where
+    if where: raise InputError(f'has {next(iter(where))}/ but no train/ with class folders: {_LAYOUT}')
+    if not set(_folders(top)) - set(names): raise InputError(f'has no class folders: {_LAYOUT}')
+    return {'train': top}
+
+# %% ../nbs/10_data.ipynb #053611a2
+def _read_folder(top: Path, size: int, skip_bad: bool) -> tuple[dict[str, ImageSet], int]:
+    "The parts in a folder, and how many unreadable pictures were left out."
+    where = _layout(top)
     classes = tuple(_folders(where['train']))
     if len(classes) < 2: raise InputError(f'there is one class only ({classes[0]}): at least two are needed')
+    strange = [folder/name for folder in where.values() for name in _folders(folder) if name not in classes]
+    if strange: raise InputError(f'{str(strange[0])!r} is a class that train does not have')
     read = {part: _read_classes(folder, classes, size, skip_bad) for part, folder in where.items()}
     return {part: images for part, (images, _) in read.items()}, sum(bad for _, bad in read.values())
 
@@ -269,7 +295,7 @@ def _read_digits() -> dict[str, ImageSet]:
     d = load_digits()
     return {'train': from_arrays(np.rint(d.images*255/16).astype(np.uint8), d.target)}
 
-# %% ../nbs/10_data.ipynb #7462543b
+# %% ../nbs/10_data.ipynb #0f6df917
 def _read_torchvision(name: str, root: Path) -> dict[str, ImageSet]:
     "A data set of torchvision, downloaded into `root` unless it is there."
     import torchvision.datasets as tv
@@ -278,11 +304,20 @@ def _read_torchvision(name: str, root: Path) -> dict[str, ImageSet]:
         with contextlib.redirect_stdout(sys.stderr): # standard output is kept for results
             sets = {part: make(root, train=part == 'train', download=True) for part in ('train', 'test')}
     except Exception as e: # whatever the network, the server or the disk comes up with
-        raise InputError(f'could not be downloaded into {str(root)!r}, there seems to be no network ({str(e).splitlines()[0] if str(e) else type(e).__name__}): '
+        why = ' '.join(str(e).split())[:200] or type(e).__name__
+        raise InputError(f'could not be downloaded into {str(root)!r}, there seems to be no network ({why}): '
                          '--data also takes a folder of pictures or an .npz') from None
     return {part: from_arrays(np.asarray(d.data), np.asarray(d.targets), d.classes) for part, d in sets.items()}
 
-# %% ../nbs/10_data.ipynb #46828100
+# %% ../nbs/10_data.ipynb #1e71da4e
+def _read(data: str, size: int, skip_bad: bool, root: str | Path | None) -> tuple[dict[str, ImageSet], int]:
+    "The parts that the source has, and how many pictures were left out."
+    path = Path(data).expanduser()
+    if data == 'digits': return _read_digits(), 0
+    if data in NAMES: return _read_torchvision(data, Path(root or '~/.cache/fedsq_nb/data').expanduser()), 0
+    return _read_folder(path, size, skip_bad) if path.is_dir() else (_read_npz(path), 0)
+
+# %% ../nbs/10_data.ipynb #64f9b570
 def load_data(
     data: str, # A name ('digits', 'cifar10', 'cifar100', 'fashion_mnist'), an .npz file or a folder
     *,
@@ -296,13 +331,10 @@ def load_data(
 ) -> Splits:
     "Read images and split them. Raises `InputError` for data that cannot be used as they are."
     if not isinstance(size, Integral) or size < 1: raise InputError(f'size {size!r} must be a whole number of pixels, at least 1')
-    path, skipped = Path(data).expanduser(), 0
+    data, path = str(data), Path(data).expanduser()
     if data not in NAMES and not path.exists(): check_name(data, NAMES, 'data (no such path, and not a known name)')
-    with _within(f'data {str(data)!r}'):
-        if data == 'digits': parts = _read_digits()
-        elif data in NAMES: parts = _read_torchvision(data, Path(root or '~/.cache/fedsq_nb/data').expanduser())
-        elif path.is_dir(): parts, skipped = _read_folder(path, size, skip_bad)
-        else: parts = _read_npz(path)
+    with _within(f'data {data!r}'):
+        parts, skipped = _read(data, size, skip_bad, root)
         return split(data if data in NAMES else path.resolve().name, **parts, skipped=skipped, seed=seed,
                      valid_fraction=valid_fraction, test_fraction=test_fraction, max_train=max_train)
 
@@ -343,7 +375,14 @@ def _poses(n: int, gen: np.random.Generator) -> Tensor: # float32 (n, 2, 3)
     scale, shift = gen.uniform(0.95, 1.3, (n, 1, 1)), gen.uniform(-0.1, 0.1, (n, 2, 1))
     return torch.from_numpy(np.concatenate([turn @ slant / scale, shift], -1)).float()
 
-# %% ../nbs/10_data.ipynb #a9e24141
+# %% ../nbs/10_data.ipynb #8514647b
+def _pose(drawings: Tensor, poses: Tensor, size: int) -> Tensor: # uint8 (n, 1, size, size)
+    "Turn, slant, scale and move the `drawings`, uint8 (n, 1, px, px), and count the ink in each block of 4x4 dots."
+    grid = F.affine_grid(poses, [len(poses), 1, 4*size, 4*size], align_corners=False)
+    dots = F.grid_sample(drawings.float(), grid, align_corners=False) > 127.5
+    return (F.avg_pool2d(dots.float(), 4) * 255).round().byte()
+
+# %% ../nbs/10_data.ipynb #07589224
 def printed(
     n: int, # Number of images
     *,
@@ -354,14 +393,11 @@ def printed(
     "Machine-printed letters in random fonts and poses: the source task."
     gen = rng(seed, 'printed')
     labels, fonts = gen.permutation(np.arange(n) % len(LETTERS)), gen.integers(len(_FONTS), size=n)
-    poses, glyphs = _poses(n, gen), _glyphs(min(8*size, 128))[labels, fonts, None]
-    out = []
-    for g, pose in zip(glyphs.split(512), poses.split(512)):
-        dots = F.grid_sample(g.float(), F.affine_grid(pose, [len(g), 1, 4*size, 4*size], align_corners=False), align_corners=False)
-        out.append(F.avg_pool2d((dots > 127.5).float(), 4).mul(255).round().byte().expand(-1, channels, -1, -1))
-    return ImageSet(torch.cat(out), torch.from_numpy(labels), tuple(LETTERS))
+    drawings, poses = _glyphs(min(8*size, 128))[labels, fonts, None], _poses(n, gen)
+    images = [_pose(d, p, size) for d, p in zip(drawings.split(512), poses.split(512))] # 512 at a time stay in the cache
+    return ImageSet(torch.cat(images).repeat(1, channels, 1, 1), torch.from_numpy(labels), tuple(LETTERS))
 
-# %% ../nbs/10_data.ipynb #48a47702
+# %% ../nbs/10_data.ipynb #893ae399
 def contact_sheet(
     data: ImageSet, # The first `n` are shown
     n: int = 60, # How many pictures
@@ -374,7 +410,7 @@ def contact_sheet(
     x = torch.cat([x, x.new_full((-len(x) % columns, *x.shape[1:]), 128)])
     rows = x.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     ax = ax or plt.gca()
-    ax.imshow(rows.expand(-1, -1, 3), interpolation='nearest')
+    ax.imshow(rows.expand(-1, -1, 3).numpy(), interpolation='nearest')
     ax.set(xticks=[], yticks=[], title=title)
     return ax
 
@@ -391,9 +427,24 @@ def batch_bounds(
     if n > batch_size > 1 and n % batch_size == 1: del bounds[-2]
     return bounds
 
-# %% ../nbs/10_data.ipynb #e8d1ef6e
+# %% ../nbs/10_data.ipynb #28a727bf
+def _check_index(index: np.ndarray | Sequence[int], n: int) -> np.ndarray: # int64 (m,), a copy
+    "Raise `InputError` unless `index` is a row of positions below `n`."
+    i = np.asarray(index)
+    if i.ndim != 1 or len(i) and i.dtype.kind not in 'iu': raise InputError(f'index must be a row of positions, got {i.dtype} {i.shape}')
+    if len(i) and not 0 <= i.min() <= i.max() < n: raise InputError(f'index must be from 0 to {n-1}, got {i.min()} to {i.max()}')
+    return i.astype(np.int64)
+
+# %% ../nbs/10_data.ipynb #9f660592
+def _per_channel(name: str, v: float | Sequence[float], channels: int, device: str | torch.device) -> Tensor: # float32 (channels, 1, 1)
+    "One number, or one for each channel."
+    t = torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1).to(device)
+    if len(t) not in (1, channels): raise InputError(f'{name} must be one number or one for each of the {channels} channels, got {len(t)}')
+    return t.expand(channels, 1, 1)
+
+# %% ../nbs/10_data.ipynb #8f154497
 class Batches:
-    "Batches `(x, y)` of some of the images: `x` float32 (b, channels, size, size), `y` int64 (b,). Nothing is copied until it is asked for."
+    "Batches `(x, y)` of some of the images: `x` float32 (b, channels, size, size), `y` int64 (b,)."
     n_inp = 1 # of the tuple, how many are the network's input
 
     def __init__(self,
@@ -409,16 +460,18 @@ class Batches:
         flip: np.random.Generator | None = None, # Mirrors each image with probability 1/2
         device: str | torch.device = 'cpu', # Where to compute
     ):
-        self.dataset = np.arange(len(data)) if index is None else np.array(index, dtype=np.int64)
-        if batch_size < 1: raise InputError(f'batch_size {batch_size!r} must be at least 1')
-        if len(self.dataset) and not 0 <= self.dataset.min() <= self.dataset.max() < len(data):
-            raise InputError(f'index must be from 0 to {len(data)-1}, got {self.dataset.min()} to {self.dataset.max()}')
+        self.dataset = np.arange(len(data)) if index is None else _check_index(index, len(data))
+        if not isinstance(batch_size, Integral) or batch_size < 1: raise InputError(f'batch_size {batch_size!r} must be a whole number, at least 1')
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.bs, self.size, self.channels, self.shuffle, self.flip, self.device = batch_size, size, channels, shuffle, flip, device
-        per_channel = lambda v: torch.tensor(v, dtype=torch.float32, device=device).reshape(-1, 1, 1).expand(channels, 1, 1)
-        self.mean, self.std, self.luma = per_channel(mean), per_channel(std), torch.tensor(_LUMA, device=device).reshape(3, 1, 1)
+        self.mean, self.std = _per_channel('mean', mean, channels, device), _per_channel('std', std, channels, device)
+        self.luma = torch.tensor(_LUMA, device=device).reshape(3, 1, 1)
 
-    def __len__(self) -> int: return len(batch_bounds(len(self.dataset), self.bs)) - 1
+# %% ../nbs/10_data.ipynb #1cdf8e89
+@patch
+def __len__(self: Batches) -> int:
+    "Batches in one epoch."
+    return len(batch_bounds(len(self.dataset), self.bs)) - 1
 
 # %% ../nbs/10_data.ipynb #9fb8807c
 @patch
@@ -432,15 +485,14 @@ def prepare(self: Batches,
         x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)
     return (x - self.mean) / self.std
 
-# %% ../nbs/10_data.ipynb #336cf248
+# %% ../nbs/10_data.ipynb #ae10bf5f
 @patch
 def __iter__(self: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     "One epoch. Both streams move on by one epoch at its start, whether or not it is finished."
     n, device = len(self.dataset), self.images.device
     order = torch.from_numpy(self.dataset if self.shuffle is None else self.shuffle.permutation(self.dataset)).to(device)
     mirror = None if self.flip is None else torch.from_numpy(self.flip.random((n, 1, 1, 1)) < 0.5).to(device)
-    bounds = batch_bounds(n, self.bs)
-    for a, b in zip(bounds, bounds[1:]):
+    for a, b in itertools.pairwise(batch_bounds(n, self.bs)):
         x = self.prepare(self.images.index_select(0, order[a:b]))
         if mirror is not None: x = torch.where(mirror[a:b], x.flip(-1), x)
         yield x, self.labels.index_select(0, order[a:b])

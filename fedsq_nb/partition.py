@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['iid', 'cut', 'deal', 'class_counts', 'dirichlet', 'label_distance', 'effective_classes', 'partition_hash', 'heat_map']
 
-# %% ../nbs/20_partition.ipynb #0518f701
+# %% ../nbs/20_partition.ipynb #f7841e28
 import hashlib, math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import NoReturn
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,10 +17,10 @@ from matplotlib.axes import Axes
 
 from .core import InputError, rng
 
-# %% ../nbs/20_partition.ipynb #36f711eb
-def _check_clients(n: int, n_clients: int, min_size: int = 1) -> None:
+# %% ../nbs/20_partition.ipynb #ee35d642
+def _check_clients(n: int, n_clients: int, min_size: int = 1, max_draws: int = 1) -> None:
     "Raise `InputError` unless `n` samples can give `n_clients` clients `min_size` each."
-    for name, v in (('n_clients', n_clients), ('min_size', min_size)):
+    for name, v in (('n_clients', n_clients), ('min_size', min_size), ('max_draws', max_draws)):
         if isinstance(v, bool) or not isinstance(v, Integral) or v < 1: raise InputError(f'{name} {v!r} must be a whole number, at least 1')
     if n_clients > n: raise InputError(f'n_clients {n_clients} is more than the {n} samples: use at most {n} clients')
     if n_clients * min_size > n:
@@ -95,7 +96,13 @@ def _codes(labels: Sequence | np.ndarray) -> np.ndarray:
     _, first, inverse = np.unique(np.asarray(labels), return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]
 
-# %% ../nbs/20_partition.ipynb #865b9b16
+# %% ../nbs/20_partition.ipynb #2111c63f
+def _cannot_fill(held: np.ndarray, alpha: float, min_size: int, max_draws: int) -> NoReturn:
+    "Raise `InputError` about the smallest client, given how many samples each one `held`."
+    raise InputError(f'client {held.argmin()} could not be filled: in the best of {max_draws} draws it got {held.min()} samples and min_size is {min_size}; '
+                     f'lower min_size, raise alpha (now {alpha}) or use fewer clients (now {len(held)})')
+
+# %% ../nbs/20_partition.ipynb #e1f2532d
 def _draw_table(sizes: np.ndarray, n_clients: int, alpha: float, min_size: int, balance: bool, max_draws: int, gen: np.random.Generator) -> np.ndarray:
     "The first of at most `max_draws` tables in which every client gets `min_size`, int64 (clients, classes)."
     block, best = max(1, min(64, 2**20 // (n_clients*len(sizes)))), None
@@ -104,11 +111,15 @@ def _draw_table(sizes: np.ndarray, n_clients: int, alpha: float, min_size: int, 
         least = tables.sum(2).min(1)
         if (least >= min_size).any(): return tables[np.argmax(least >= min_size)]
         if best is None or least.max() > best.sum(1).min(): best = tables[np.argmax(least)]
-    held = best.sum(1)
-    raise InputError(f'client {held.argmin()} could not be filled: in the best of {max_draws} draws it got {held.min()} samples and min_size is {min_size}; '
-                     f'lower min_size, raise alpha (now {alpha}) or use fewer clients (now {n_clients})')
+    _cannot_fill(best.sum(1), alpha, min_size, max_draws)
 
-# %% ../nbs/20_partition.ipynb #ee9129af
+# %% ../nbs/20_partition.ipynb #8b06f116
+def _check_alpha(alpha: float) -> None:
+    "Raise `InputError` unless `alpha` is a finite number above 0."
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha <= 0:
+        raise InputError(f'alpha {alpha!r} must be a number above 0: 0.1 is very uneven, 100 nearly even')
+
+# %% ../nbs/20_partition.ipynb #bbf7be57
 def dirichlet(
     labels: Sequence[int] | np.ndarray, # The class of each sample (n,); only which are equal matters
     n_clients: int, # How many clients share them
@@ -120,9 +131,8 @@ def dirichlet(
     max_draws: int = 1000, # Give up after so many draws
 ) -> list[np.ndarray]: # int64 positions of each client, sorted
     "Label skew: each class is divided among the clients in Dirichlet proportions. Raises `InputError` if that cannot be done."
-    _check_clients(len(labels), n_clients, min_size)
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha) or alpha <= 0:
-        raise InputError(f'alpha {alpha!r} must be a number above 0: 0.1 is very uneven, 100 nearly even')
+    _check_clients(len(labels), n_clients, min_size, max_draws)
+    _check_alpha(alpha)
     codes, gen = _codes(labels), rng(seed, 'partition', 'dirichlet', 'table')
     table = _draw_table(np.bincount(codes), n_clients, alpha, min_size, balance, max_draws, gen)
     return deal(codes, table, rng(seed, 'partition', 'dirichlet', 'deal'))
@@ -153,27 +163,33 @@ def partition_hash(
     for p in parts: h.update(np.int64(len(p)).tobytes() + np.asarray(p, dtype=np.int64).tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/20_partition.ipynb #d79fb35e
-def _write_numbers(ax: Axes, counts: np.ndarray) -> None:
-    "The count in each cell, white on dark."
-    for (i, k), n in np.ndenumerate(counts):
-        ax.text(k, i, str(n), ha='center', va='center', fontsize=7, color='white' if n > 0.6*counts.max() else 'black')
+# %% ../nbs/20_partition.ipynb #a8e715d3
+def _write_numbers(ax: Axes, counts: np.ndarray, vmax: float) -> None:
+    "The count in each cell that is not empty, white on dark."
+    for i, k in np.argwhere(counts):
+        ax.text(k, i, str(counts[i, k]), ha='center', va='center', fontsize=8, color='white' if counts[i, k] > 0.6*vmax else 'black')
 
-# %% ../nbs/20_partition.ipynb #efa07cd1
+# %% ../nbs/20_partition.ipynb #31b58bcf
+def _name_ticks(ax: Axes, n_clients: int, classes: list[str]) -> None:
+    "One tick for each client and class, where there is room."
+    if n_clients <= 20: ax.set_yticks(range(n_clients))
+    if len(classes) <= 20: ax.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 3 else 0)
+
+# %% ../nbs/20_partition.ipynb #232c40a2
 def heat_map(
     counts: np.ndarray, # Samples of each class each client holds (clients, classes)
-    classes: Sequence[str] | None = None, # Their names, shown when there is room
+    classes: Sequence[str] | None = None, # Their names, shown when there is room; by default their numbers
     ax: Axes | None = None, # Where to draw
     title: str | None = None, # By default the number of effective classes
+    vmax: float | None = None, # The count drawn darkest; by default the largest
 ) -> Axes:
-    "Clients by classes as a heat map."
+    "Clients by classes as a heat map, with numbers up to 200 cells and a colour bar beyond."
     counts, ax = np.asarray(counts), ax or plt.gca()
-    image = ax.imshow(counts, cmap='Blues', vmin=0, aspect='auto', interpolation='nearest')
-    ax.figure.colorbar(image, ax=ax, label='images', fraction=0.05, pad=0.03)
-    if counts.size <= 200: _write_numbers(ax, counts)
-    if counts.shape[0] <= 20: ax.set_yticks(range(counts.shape[0]))
-    if counts.shape[1] <= 20:
-        names = [str(c) for c in classes or range(counts.shape[1])]
-        ax.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0)
-    ax.set(xlabel='class', ylabel='client', title=title or f'a client holds {effective_classes(counts).mean():.1f} classes in effect')
+    vmax = vmax or counts.max()
+    image = ax.imshow(counts, cmap='Blues', vmin=0, vmax=vmax, aspect='auto', interpolation='nearest')
+    if few := counts.size <= 200: _write_numbers(ax, counts, vmax)
+    else: ax.figure.colorbar(image, ax=ax, label='images', fraction=0.05, pad=0.03)
+    _name_ticks(ax, len(counts), [str(c) for c in classes or range(counts.shape[1])])
+    ax.set(xlabel='class (cells: images)' if few else 'class', ylabel='client',
+           title=title or f'a client holds {effective_classes(counts).mean():.1f} classes in effect')
     return ax
