@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'plain', 'gated', 'no_callbacks', 'proximal', 'Method', 'Config', 'coerce', 'check', 'fixed_rates',
-           'read_toml', 'resolve', 'Task', 'load_task', 'gate_probe', 'measure_with', 'run', 'calibrate', 'claim',
-           'append_row', 'write_config', 'partition_card', 'Comparison', 'cpu_threads', 'compare']
+           'read_toml', 'resolve', 'Task', 'load_task', 'gate_probe', 'measure_with', 'run', 'try_rate', 'calibrate',
+           'claim', 'append_row', 'write_config', 'partition_card', 'Comparison', 'cpu_threads', 'compare']
 
 # %% ../nbs/70_experiment.ipynb #20c191cd
 import contextlib, dataclasses, json, os, tomllib, typing
@@ -44,7 +44,7 @@ class Method:
 
 METHODS = {'fedavg': Method(), 'fedprox': Method(callbacks=proximal), 'fedsq': Method(parametrise=gated)}
 
-# %% ../nbs/70_experiment.ipynb #307cd588
+# %% ../nbs/70_experiment.ipynb #3a5dd551
 def _opt(default, help: str): return dataclasses.field(default=default, metadata={'help': help})
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +63,14 @@ class Config:
     partition: str = _opt('dirichlet', 'dirichlet or iid')
     alpha: float = _opt(0.1, 'Dirichlet concentration: small is uneven')
     min_size: int = _opt(10, 'Smallest number of images a client may have')
-    rounds: int = _opt(10, 'Rounds')
+    rounds: int = _opt(8, 'Rounds')
     local_epochs: int = _opt(1, 'Passes over a client\'s images in a round')
-    batch_size: int = _opt(64, 'Images a step')
+    batch_size: int = _opt(0, 'Images a step; 0: 32 for rescnn, else 64')
     lr: str = _opt('auto', 'auto: calibrated for each method; a number for all; or fedavg=0.01,fedsq=0.003')
-    rates: tuple[float, ...] = _opt((0.003, 0.01, 0.03, 0.1), 'Learning rates that the calibration tries first')
+    rates: tuple[float, ...] = _opt((0.003, 0.01, 0.03), 'Learning rates that the calibration tries first; it goes on beyond an edge that is best')
     calibration: str = _opt('federated', 'federated: on a partition of its own; centralised: on all training images together')
-    calibration_rounds: int = _opt(5, 'Rounds of each calibration run')
+    calibration_rounds: int = _opt(0, 'Rounds of each trial; 0: as many as the comparison')
+    calibration_seeds: int = _opt(2, 'Partitions that each rate is tried on')
     momentum: float = _opt(0.9, 'Momentum of SGD within a client\'s day')
     weight_decay: float = _opt(0.0, 'Weight decay of SGD')
     mu: float = _opt(0.01, 'FedProx: strength of the proximal term')
@@ -113,8 +114,8 @@ def coerce(
         wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}.get(kind, 'a list')
         raise InputError(f'{name} {value!r} is not {wanted}') from None
 
-# %% ../nbs/70_experiment.ipynb #2917d45c
-_AT_LEAST = {'clients': 1, 'per_round': 0, 'min_size': 1, 'rounds': 1, 'local_epochs': 1, 'batch_size': 1, 'calibration_rounds': 1,
+# %% ../nbs/70_experiment.ipynb #b9530bfb
+_AT_LEAST = {'clients': 1, 'per_round': 0, 'min_size': 1, 'rounds': 1, 'local_epochs': 1, 'batch_size': 0, 'calibration_rounds': 0, 'calibration_seeds': 1,
              'seeds': 1, 'seed': 0, 'max_train': 0, 'threads': 1, 'size': 0, 'momentum': 0., 'weight_decay': 0., 'mu': 0.}
 _CHOICES = {'head': ('stock', 'light'), 'bn': ('frozen', 'train'), 'pool': ('structural', 'max'), 'partition': ('dirichlet', 'iid'),
             'calibration': ('federated', 'centralised')}
@@ -161,7 +162,7 @@ def read_toml(
     for name in settings: check_name(name, [f.name for f in dataclasses.fields(Config)], f'option in {str(path)}:')
     return settings
 
-# %% ../nbs/70_experiment.ipynb #a2dd6328
+# %% ../nbs/70_experiment.ipynb #6e7bc409
 def resolve(
     config: Config, # Settings, some of them `auto`
 ) -> Config: # The same with every `auto` replaced
@@ -169,7 +170,7 @@ def resolve(
     name = config.backbone if config.backbone != 'auto' else 'rescnn' if config.data == 'digits' else 'resnet18'
     weights = config.weights if config.weights != 'auto' else 'printed' if name == 'rescnn' else 'imagenet'
     return dataclasses.replace(config, backbone=name, weights=weights, size=config.size or image_format(name).size,
-                               device=str(pick_device(config.device)))
+                               batch_size=config.batch_size or (32 if name == 'rescnn' else 64), device=str(pick_device(config.device)))
 
 # %% ../nbs/70_experiment.ipynb #443f417e
 @dataclasses.dataclass(frozen=True)
@@ -267,33 +268,43 @@ def run(
     except Diverged as e: task.say(f'{method}, seed {seed}, learning rate {lr:g}: {e}')
     return fed
 
-# %% ../nbs/70_experiment.ipynb #96d1ce09
+# %% ../nbs/70_experiment.ipynb #dd795e50
+def try_rate(
+    task: Task, # Data and settings
+    method: str, # A name in `METHODS`
+    lr: float, # The learning rate to try
+) -> dict: # One row: best validation accuracy, mean over the calibration's seeds, and whether it diverged
+    "Run `method` at `lr` on the calibration's seeds."
+    c, best = task.config, []
+    for seed in rng(c.seed, 'calibration').integers(2**31, size=c.calibration_seeds).tolist():
+        parts = [np.arange(len(task.splits.train))] if c.calibration == 'centralised' else task.parts(seed)
+        rows = run(task, method, seed, lr, rounds=c.calibration_rounds or c.rounds, parts=parts, test=False).rows
+        if rows[-1]['state'] != 'ok': return {'method': method, 'lr': lr, 'round': None, 'val_accuracy': None, 'val_loss': None, 'state': 'diverged'}
+        best.append(max(rows[1:], key=_merit))
+    mean = lambda name: float(np.mean([r[name] for r in best]))
+    return {'method': method, 'lr': lr, 'round': mean('round'), 'val_accuracy': mean('val_accuracy'), 'val_loss': mean('val_loss'), 'state': 'ok'}
+
+def _merit(row: dict) -> tuple: return (-1., 0.) if row['val_accuracy'] is None else (row['val_accuracy'], -row['val_loss'])
+
+# %% ../nbs/70_experiment.ipynb #62e15559
 def calibrate(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`
-    on_row: Callable[[dict], None] = lambda row: None, # Told one row for each rate tried
+    on_row: Callable[[dict], None] = lambda row: None, # Told the row of each rate as it is tried
 ) -> tuple[float, list[dict]]: # The rate chosen, and one row for each rate tried
-    "Choose a learning rate for `method` on the validation part, by short runs."
-    c = task.config
-    seed = int(rng(c.seed, 'calibration').integers(2**31))
-    parts = [np.arange(len(task.splits.train))] if c.calibration == 'centralised' else task.parts(seed)
+    "Choose a learning rate for `method` on the validation part."
     tried = {}
     def attempt(lr):
-        rows = run(task, method, seed, lr, rounds=c.calibration_rounds, parts=parts, test=False).rows
-        best = max(rows[1:], key=_merit)
-        tried[lr] = {'method': method, 'lr': lr, 'round': best['round'], 'val_accuracy': best['val_accuracy'] if rows[-1]['state'] == 'ok' else None,
-                     'val_loss': best['val_loss'], 'state': rows[-1]['state']}
+        tried[lr] = try_rate(task, method, lr)
         on_row(tried[lr])
-    for lr in sorted(c.rates): attempt(lr)
+    def best(): return max(tried, key=lambda lr: _merit(tried[lr]))
+    for lr in sorted(task.config.rates): attempt(lr)
     for _ in range(3):
-        best = max(tried, key=lambda lr: _merit(tried[lr]))
-        if min(tried) < best < max(tried): break
-        attempt(_round_rate(best * 3 if best == max(tried) and tried[best]['val_accuracy'] is not None else min(tried) / 3))
-    best = max(tried, key=lambda lr: _merit(tried[lr]))
-    return best, [tried[lr] | {'chosen': lr == best} for lr in sorted(tried)]
+        if min(tried) < best() < max(tried): break
+        attempt(_next_rate(max(tried), 1) if best() == max(tried) and tried[best()]['state'] == 'ok' else _next_rate(min(tried), -1))
+    return best(), [tried[lr] | {'chosen': lr == best()} for lr in sorted(tried)]
 
-def _merit(row: dict) -> tuple: return (-1., 0.) if row['val_accuracy'] is None else (row['val_accuracy'], -row['val_loss'])
-def _round_rate(lr: float) -> float: return float(f'{lr:.1g}')
+def _next_rate(lr: float, step: int) -> float: return float(f'{10**((round(2*np.log10(lr)) + step)/2):.1g}')  # ..., 0.01, 0.03, 0.1, ...
 
 # %% ../nbs/70_experiment.ipynb #828a2511
 _FILES = ('config.toml', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html')

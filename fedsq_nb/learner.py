@@ -117,7 +117,7 @@ class LocalTraining:
                        mean=self.form.mean, std=self.form.std, shuffle=stream('order'), flip=stream('flip') if self.flip else None,
                        device=self.device)
 
-# %% ../nbs/40_learner.ipynb #e1ccd88b
+# %% ../nbs/40_learner.ipynb #05a2426e
 @patch
 def __call__(self: LocalTraining,
     state: State, # The global tensors that travel
@@ -129,7 +129,7 @@ def __call__(self: LocalTraining,
     trained_copy(self.model).load_state_dict(state, strict=False)
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=self.momentum, weight_decay=self.weight_decay)
     learn = Learner(DataLoaders(self.batches(client, round), []), self.model, loss_func=F.cross_entropy, opt_func=opt,
-                    default_cbs=False, cbs=[TrainEvalCallback(), loss, *self.callbacks()])
+                    wd_bn_bias=True, train_bn=False, default_cbs=False, cbs=[TrainEvalCallback(), loss, *self.callbacks()])
     with seeded(self.seed, 'round', round, 'client', client, 'dropout'): learn.fit(self.epochs, self.lr)
     return Update(client, round, shared_state(self.model), len(self.parts[client]),
                   {'train_loss': loss.mean, 'steps': loss.steps, 'seconds': time.perf_counter() - began})

@@ -238,7 +238,7 @@ def headline(
     elif len(ranked) > 1: said.append(_verdict(top if top.method != baseline else ranked.iloc[1], baseline))
     return ' '.join(said + lost)
 
-# %% ../nbs/80_report.ipynb #1720723e
+# %% ../nbs/80_report.ipynb #60066a2a
 def notes(
     rows: DataFrame, # Rows of a run
 ) -> list[str]: # Sentences of plain text
@@ -248,7 +248,7 @@ def notes(
     return [f'Each value is the {seeds}.' if s.seeds.max() > 1 else f'Each value comes from {seeds}.',
             'The best round is chosen on validation; test accuracy is read at that round and selects nothing.',
             'Differences are in percentage points, paired by seed, and not corrected for looking at several methods.',
-            'Up and down: bytes per round, all clients together, averaged over rounds. Time: all rounds of a run, evaluation included.',
+            'Up and down: bytes per round, all clients together, averaged over rounds. Time: all rounds of a run, evaluation apart.',
             *(f'{l.method}: {human_bytes(l.bytes_down_first)} went down in the first round, {human_bytes(l.bytes_down)} a round on average.'
               for l in s.itertuples() if l.bytes_down_first > l.bytes_down),
             *(f'{m} has {_count(n, "seed")}.' for m, n in zip(s.method, s.seeds) if n != s.seeds.max()),
