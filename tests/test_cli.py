@@ -1,0 +1,396 @@
+"The command line: every kind of bad input in one line, runs on real files, and a run that is interrupted."
+import dataclasses, json, os, re, signal, subprocess, sys, time, tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from PIL import Image
+
+from fedsq_nb import __version__
+from fedsq_nb.backbones import ResCNN
+from fedsq_nb.cli import main
+from fedsq_nb.experiment import Config
+
+gen = np.random.default_rng(0)
+x, y = gen.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8), np.arange(60) % 3
+QUICK = '--weights random --seeds 1 --rounds 1 --lr 0.02 --methods fedavg --clients 2 --alpha 5 --min-size 2 --max-train 40'.split()
+SMALL = ['--backbone', 'rescnn', '--size', '12']
+
+def npz(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+def pictures(top, n=10, classes='abc'):
+    for k, name in enumerate(classes):
+        (top/name).mkdir(parents=True)
+        for i in range(n): Image.fromarray(gen.integers(60*k, 60*k + 130, (14, 11, 3), dtype=np.uint8)).save(top/name/f'{i}.png')
+    return top
+
+def rows_of(folder): return [json.loads(line) for line in (folder/'rounds.jsonl').read_text().splitlines()]
+def timeless(folder): return [{k: v for k, v in r.items() if k != 'seconds'} for r in rows_of(folder)]
+def tree(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+@pytest.fixture
+def fedsq(capsys):
+    "Run the command in this process; returns exit status, standard output and standard error."
+    def run(*argv):
+        capsys.readouterr()
+        status = main([str(a) for a in argv])
+        return status, *capsys.readouterr()
+    return run
+
+@pytest.fixture
+def refused(fedsq, tmp_path):
+    "The command is refused in one line that holds each of `words`, and --out is as it was."
+    def check(argv, *words, out=tmp_path/'out', ignore='$^'):
+        before = tree(tmp_path)
+        status, printed, err = fedsq('compare', *QUICK, *SMALL, '--out', out, *argv)
+        lines = [line for line in err.splitlines() if not re.match(ignore, line)]
+        assert status == 2 and printed == '', err
+        assert len(lines) == 1 and lines[0].startswith('fedsq: '), err
+        for word in words: assert str(word) in lines[0], err
+        assert tree(tmp_path) == before and (tmp_path/'out').exists() == any(k.split('/')[0] == 'out' for k in before)
+    return check
+
+# ---- bad input: data
+
+class Trap:
+    "Leaves a file behind when it is unpickled."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return Path.touch, (self.path,)
+
+def damaged(p):
+    pictures(p)
+    (p/'b'/'3.png').write_bytes((p/'b'/'3.png').read_bytes()[:60])
+    return p
+
+DATA = {
+    'no such path': (lambda p: p, 'digits', 'no such path'),
+    'almost a name': (lambda p: 'cifar1O0', "'cifar1O0'", "'cifar100'"),
+    'one class': (lambda p: pictures(p, classes='a'), 'one class only (a)', 'at least two'),
+    'no classes': (lambda p: p.mkdir() or p, 'no class folders', 'one folder per class'),
+    'unreadable image': (damaged, 'b/3.png', '--skip-bad'),
+    'other arrays': (lambda p: npz(p, a=x, b=y), 'x_train and y_train', 'found: a, b'),
+    'no labels': (lambda p: npz(p, x=x), 'found: x'),
+    'lengths': (lambda p: npz(p, x=x, y=y[:-1]), '60 images but 59 labels'),
+    'negative label': (lambda p: npz(p, x=x, y=np.where(np.arange(60) == 7, -1, y)), 'label -1 at position 7'),
+    'label above the classes': (lambda p: npz(p, x=x, y=y, classes=np.array(['a', 'b'])), 'label 2 at position 2', '2 classes'),
+    'label with a gap': (lambda p: npz(p, x=x, y=np.where(y == 2, 3, y)), "class '2'", 'without gaps'),
+    'label far away': (lambda p: npz(p, x=x, y=np.where(y == 2, 10**12, y)), 'label 1000000000000', 'without gaps'),
+    'float images': (lambda p: npz(p, x=x/255., y=y), 'uint8', 'float64'),
+    'channels first': (lambda p: npz(p, x=x.transpose(0, 3, 1, 2), y=y), '(60, 3, 12, 12)', 'channels last'),
+    'no arrays at all': (lambda p: p.write_bytes(b'not a zip') and p, 'not an .npz'),
+    'cut short': (lambda p: p.write_bytes(npz(p, x=x, y=y).read_bytes()[:3000]) and p, 'not an .npz', 'cut short')}
+
+@pytest.mark.parametrize('case', DATA)
+def test_bad_data(case, refused, tmp_path):
+    make, *words = DATA[case]
+    data = make(tmp_path/'bad.npz')
+    refused(['--data', data], data, *words)
+
+def test_pickled_objects_are_never_unpickled(refused, tmp_path):
+    trap = tmp_path/'sprung'
+    data = npz(tmp_path/'p.npz', x=x, y=np.array([Trap(trap)] * 60, dtype=object))
+    refused(['--data', data], data, "'y'", 'pickled')
+    assert not trap.exists()
+    np.load(data, allow_pickle=True)['y']
+    assert trap.exists()  # the trap works
+
+def test_skip_bad_goes_on_and_counts(fedsq, tmp_path):
+    status, _, err = fedsq('compare', *QUICK, *SMALL, '--data', damaged(tmp_path/'d'), '--skip-bad', '--out', tmp_path/'out')
+    assert status == 0 and '1 unreadable image' in err
+
+def no_network(monkeypatch, home):
+    for k in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'): monkeypatch.setenv(k, 'http://127.0.0.1:9')
+    for k in ('no_proxy', 'NO_PROXY'): monkeypatch.delenv(k, raising=False)
+    for k in ('HOME', 'TORCH_HOME', 'XDG_CACHE_HOME'): monkeypatch.setenv(k, str(home))
+
+@pytest.mark.parametrize('argv, words', [
+    (['--data', 'cifar10'], ("'cifar10'", 'could not be downloaded', 'folder of pictures')),
+    (['--data', 'fashion_mnist'], ("'fashion_mnist'", 'could not be downloaded', 'folder of pictures')),
+    (['--backbone', 'squeezenet1_1', '--weights', 'imagenet', '--size', '64'], ('squeezenet1_1', 'could not be downloaded', 'random'))])
+def test_no_network(argv, words, refused, monkeypatch, tmp_path_factory):
+    no_network(monkeypatch, tmp_path_factory.mktemp('home'))
+    began = time.perf_counter()
+    refused(argv, *words, ignore='Downloading')
+    assert time.perf_counter() - began < 5
+
+# ---- bad input: options
+
+@pytest.mark.parametrize('argv, words', [
+    (['--clients', '5000'], ('5000', 'samples', 'use at most')),
+    (['--alpha', '0'], ('alpha 0', 'above 0')),
+    (['--alpha', '-1'], ('alpha -1', 'above 0')),
+    (['--alpha', 'nan'], ('alpha nan', 'above 0')),
+    (['--alpha', 'inf'], ('alpha inf', 'above 0')),
+    (['--alpha', 'abc'], ("alpha 'abc'", 'number')),
+    (['--min-size', '21'], ('min_size 21 is impossible', '42 samples', 'min_size 20 or less', 'fewer clients')),
+    (['--alpha', '0.001', '--clients', '8', '--min-size', '5'], ('could not be filled', 'min_size is 5', 'raise alpha', 'fewer clients')),
+    (['--backbone', 'resnet81'], ("backbone 'resnet81'", "'resnet18'")),
+    (['--methods', 'fedavg,fedqs'], ("method 'fedqs'", "'fedsq'")),
+    (['--methods', 'fedavg,fedavg'], ('fedavg', 'once')),
+    (['--lr', 'fedavg=0.1,fedqs=1'], ("'fedqs'", "'fedsq'")),
+    (['--lr', '0'], ('lr 0', 'above 0')),
+    (['--lr', 'quick'], ("lr 'quick'", 'number')),
+    (['--aplha', '1'], ("'--aplha'", "'--alpha'")),
+    (['--local_epochs', '1'], ("'--local_epochs'", "'--local-epochs'")),
+    (['--rounds', '0'], ('rounds 0', '1 or more')),
+    (['--rounds', '2.5'], ("rounds '2.5'", 'whole number')),
+    (['--rounds'], ('--rounds', 'expected one argument')),
+    (['--seeds', '-1'], ('seeds -1', '1 or more')),
+    (['--per-round', '3'], ('per_round 3', '2 clients')),
+    (['--bn', 'forzen'], ("bn 'forzen'", "'frozen'")),
+    (['--head', 'lihgt'], ("head 'lihgt'", "'light'")),
+    (['--pool', 'maks'], ("pool 'maks'", "'max'")),
+    (['--partition', 'irichlet'], ("partition 'irichlet'", "'dirichlet'")),
+    (['--valid-fraction', '1'], ('valid_fraction 1', 'between 0 and 1')),
+    (['--max-train', '3'], ('max_train 3', '10')),
+    (['--device', 'gpu'], ("device 'gpu'", "'cuda'")),
+    (['--device', 'cuda:99'], ("device 'cuda:99'", "'cpu'")),
+    (['--device', 'mps'], ("device 'mps'", "'cpu'")),
+    (['--device', 'meta'], ("device 'meta'", "'cpu'")),
+    (['--backbone', 'alexnet', '--size', '62'], ('size 62', 'alexnet', '63')),
+    (['--backbone', 'vgg11', '--size', '31'], ('size 31', 'vgg11', '32')),
+    (['--backbone', 'vit_b_16', '--size', '64', '--methods', 'fedsq'], ('vit_b_16', 'fedsq')),
+    (['--backbone', 'efficientnet_b0', '--size', '32', '--methods', 'fedsq'], ('silu',)),
+    (['--weights', 'imagenet'], ("'imagenet'", "'printed'")),
+    (['--backbone', 'alexnet', '--weights', 'printed'], ("'printed'", "'alexnet'", "'random'"))])
+def test_bad_option(argv, words, refused): refused(argv, *words)
+
+@pytest.mark.parametrize('text, words', [
+    ('aplha = 1', ("'aplha'", "'alpha'", 'c.toml')),
+    ('[training]\nalpha = 1', ("'training'", 'c.toml')),
+    ('alpha = "much"', ("alpha 'much'", 'number')),
+    ('alpha = true', ('alpha True', 'number')),
+    ('clients = 2.5', ('clients 2.5', 'whole number')),
+    ('clients = [1]', ('clients [1]', 'whole number')),
+    ('flip = "perhaps"', ("flip 'perhaps'", 'true or false')),
+    ('methods = 3', ('methods 3', 'list')),
+    ('methods = [3]', ("method '3'", 'fedavg')),
+    ('methods = []', ('methods', 'method')),
+    ('rates = ["a"]', ('rates', 'list')),
+    ('data = ["digits"]', ('data', "['digits']", 'text')),
+    ('out = {a = 1}', ('out', 'text')),
+    ('lr = [0.1]', ('lr', '[0.1]')),
+    ('alpha = ', ('c.toml', 'not TOML'))])
+def test_bad_toml(text, words, refused, tmp_path):
+    (tmp_path/'c.toml').write_text(text)
+    strip = [name for name in re.findall(r'^\w+', text) if f'--{name}' in QUICK]
+    args = [a for i, a in enumerate(QUICK) if not {a, QUICK[i - 1]} & {f'--{n}' for n in strip}]
+    if text.startswith('out'):
+        with pytest.MonkeyPatch.context() as m:
+            m.chdir(tmp_path)
+            m.setattr('fedsq_nb.experiment.load_task', lambda *a: pytest.fail('the wrong type was taken'))
+            assert main(['compare', *args, '--config', 'c.toml']) == 2
+        return
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys.modules[__name__], 'QUICK', args)
+        refused(['--config', tmp_path/'c.toml'], *words)
+
+@pytest.mark.parametrize('name', ['none.toml', '.'])
+def test_toml_that_cannot_be_read(name, refused, tmp_path): refused(['--config', tmp_path/name], tmp_path/name, 'cannot be read')
+
+@pytest.mark.parametrize('argv, words', [
+    (['comapre'], ("'comapre'", 'compare')), (['--aplha'], ("'--aplha'",)), (['report'], ('folder',)), (['report', '/nowhere'], ('/nowhere', 'folder of a run')),
+    (['report', '.', '--jsno'], ("'--jsno'", "'--json'"))])
+def test_bad_command(argv, words, fedsq):
+    status, printed, err = fedsq(*argv)
+    assert status == 2 and printed == '' and err.startswith('fedsq: ') and err.count('\n') == 1
+    for word in words: assert word in err
+
+# ---- bad input: weights
+
+def weights(path, state): safetensors.torch.save_file(state, path)
+
+def cut(path):
+    weights(path, ResCNN(5).state_dict())
+    path.write_bytes(path.read_bytes()[:-100])
+
+WEIGHTS = {
+    'missing': (lambda p: None, 'does not exist'),
+    'folder': (lambda p: p.mkdir(), 'does not exist'),
+    'cut short': (cut, 'not a whole safetensors file'),
+    'not safetensors': (lambda p: torch.save(ResCNN(5).state_dict(), p), 'not a whole safetensors file'),
+    'empty': (lambda p: p.touch(), 'not a whole safetensors file'),
+    'another width': (lambda p: weights(p, ResCNN(5, width=8).state_dict()), 'does not fit ResCNN', 'stem.0.weight has shape (8, 1, 3, 3), not (16, 1, 3, 3)', 'more'),
+    'another architecture': (lambda p: weights(p, torchvision.models.squeezenet1_1().state_dict()), 'does not fit ResCNN', 'is not in the network', 'more'),
+    'one tensor short': (lambda p: weights(p, {k: v for k, v in ResCNN(5).state_dict().items() if k != 'stem.0.weight'}), 'stem.0.weight is missing')}
+
+@pytest.mark.parametrize('case', WEIGHTS)
+def test_bad_weights(case, refused, tmp_path):
+    make, *words = WEIGHTS[case]
+    make(path := tmp_path/'w.safetensors')
+    refused(['--weights', path], path, *words)
+
+def test_weights_that_fit_are_used(fedsq, tmp_path):
+    torch.manual_seed(0)
+    net = ResCNN(5)
+    weights(tmp_path/'w.safetensors', net.state_dict())
+    assert fedsq('compare', *QUICK, *SMALL, '--weights', tmp_path/'w.safetensors', '--out', tmp_path/'a')[0] == 0
+    assert fedsq('compare', *QUICK, *SMALL, '--out', tmp_path/'b')[0] == 0
+    a, b = (safetensors.torch.load_file(tmp_path/r/'weights'/'fedavg-0.safetensors')['stem.0.weight'] for r in 'ab')
+    assert (a - net.stem[0].weight).abs().max() < 0.1 < (b - net.stem[0].weight).abs().max()
+
+# ---- bad input: the folder for results
+
+def test_a_folder_with_another_run_is_kept_or_replaced_whole(fedsq, refused, tmp_path):
+    out = tmp_path/'out'
+    assert fedsq('compare', *QUICK, *SMALL, '--methods', 'fedavg,fedsq', '--out', out)[0] == 0
+    (out/'mine.txt').write_text('not a part of the run')
+    before = tree(out)
+    assert {'config.toml', 'partition.json', 'rounds.jsonl', 'report.html', 'weights/fedavg-0.safetensors', 'weights/fedsq-0.safetensors'} < before.keys()
+    refused([], out, 'already holds a run', '--overwrite')
+    refused(['--overwrite', '--data', tmp_path/'none'], 'none')  # what cannot run replaces nothing
+    assert fedsq('compare', *QUICK, *SMALL, '--seed', 1, '--overwrite', '--out', out)[0] == 0
+    assert tree(out).keys() == before.keys() - {'weights/fedsq-0.safetensors', 'weights/fedavg-0.safetensors'} | {'weights/fedavg-1.safetensors'}
+    assert {r['seed'] for r in rows_of(out)} == {1} and (out/'mine.txt').read_text() == before['mine.txt'].decode()
+
+@pytest.mark.parametrize('name', ['rounds.jsonl', 'config.toml', 'calibration.jsonl', 'report.html', 'partition.json', 'weights/fedsq-3.safetensors'])
+def test_one_file_of_a_run_is_enough_to_refuse(name, refused, tmp_path):
+    (tmp_path/'out'/name).parent.mkdir(parents=True)
+    (tmp_path/'out'/name).write_text('')
+    refused([], 'already holds a run')
+
+@pytest.mark.parametrize('under', ['', 'deeper'])
+def test_out_is_a_file(under, refused, tmp_path):
+    (tmp_path/'taken').write_text('mine')
+    refused([], tmp_path/'taken', 'file', out=tmp_path/'taken'/under)
+
+@pytest.fixture
+def not_root(tmp_path):
+    "Forget root's rights, which no mode of a folder binds; gives a folder that cannot be written to and, with 0o700, not be looked into."
+    def lock(mode):
+        locked = tmp_path/'locked'
+        locked.mkdir(mode=mode)
+        for p in (tmp_path, *list(tmp_path.parents)[:2]): os.chmod(p, p.stat().st_mode | 0o055)
+        if os.geteuid() == 0: os.seteuid(65534)
+        else: os.chmod(locked, mode & 0o555 if mode == 0o755 else 0)
+        return locked
+    uid = os.geteuid()
+    yield lock
+    os.seteuid(uid)
+    os.chmod(tmp_path/'locked', 0o755)
+
+@pytest.mark.parametrize('mode', [0o700, 0o755])
+@pytest.mark.parametrize('under, more', [('', []), ('run', []), ('run/deeper', []), ('run', ['--overwrite'])])
+def test_no_write_permission(mode, under, more, fedsq, not_root, tmp_path):
+    out = not_root(mode)/under
+    status, printed, err = fedsq('compare', *QUICK, *SMALL, '--out', out, *more)
+    os.seteuid(os.getuid())
+    assert status == 2 and printed == '' and err.count('\n') == 1 and err.startswith('fedsq: '), err
+    assert str(out) in err and 'Permission denied' in err and 'another folder' in err
+    assert list((tmp_path/'locked').iterdir()) == []
+
+def test_data_without_permission_to_read(fedsq, not_root, tmp_path):
+    locked = not_root(0o700)
+    status, printed, err = fedsq('compare', *QUICK, *SMALL, '--data', locked/'pictures', '--out', tmp_path/'out')
+    os.seteuid(os.getuid())
+    assert status == 2 and printed == '' and err.count('\n') == 1 and str(locked/'pictures') in err and not (tmp_path/'out').exists()
+
+# ---- runs
+
+def test_the_default_job_made_small(fedsq, tmp_path):
+    "Printed letters, three methods, calibration, two seeds: files, table, JSON; and config.toml gives the same run again."
+    argv = '--rounds 2 --seeds 2 --rates 0.02 --calibration-rounds 1 --calibration-seeds 1 --clients 3 --max-train 120 --alpha 1'.split()
+    status, printed, err = fedsq('compare', *argv, '--json', '--out', tmp_path/'a')
+    assert status == 0
+    table = json.loads(printed, parse_constant=lambda c: pytest.fail(f'{c} is not JSON'))
+    assert [line['method'] for line in table] == ['fedavg', 'fedprox', 'fedsq']
+    assert 'learning rate' in err and 'report.html' in err
+    rows = rows_of(tmp_path/'a')
+    assert [(r['method'], r['seed'], r['round']) for r in rows] == [(m, s, t) for s in (0, 1) for m in ('fedavg', 'fedprox', 'fedsq') for t in range(3)]
+    needed = 'method seed round val_accuracy val_loss test_accuracy train_loss bytes_up bytes_down seconds clients_ok clients_failed'
+    assert all(set(needed.split()) <= r.keys() and r['state'] == 'ok' for r in rows)
+    assert {p.name for p in (tmp_path/'a').rglob('*')} == {'config.toml', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html', 'weights',
+        *(f'{m}-{s}.safetensors' for m in ('fedavg', 'fedprox', 'fedsq') for s in (0, 1))}
+    assert {k: v for k, v in tomllib.loads((tmp_path/'a'/'config.toml').read_text()).items() if k in ('backbone', 'weights', 'size', 'alpha')} == {
+        'backbone': 'rescnn', 'weights': 'printed', 'size': 16, 'alpha': 1.0}
+    status, again, _ = fedsq('compare', '--config', tmp_path/'a'/'config.toml', '--json', '--out', tmp_path/'b')
+    assert status == 0 and timeless(tmp_path/'a') == timeless(tmp_path/'b')
+    for f in ('partition.json', 'calibration.jsonl', *(f'weights/{p.name}' for p in (tmp_path/'a'/'weights').iterdir())):
+        assert (tmp_path/'a'/f).read_bytes() == (tmp_path/'b'/f).read_bytes(), f
+    for folder in 'ab':
+        status, text, err = fedsq('report', tmp_path/folder)
+        assert status == 0 and 'not complete' not in err and all(m in text for m in ('fedavg', 'fedprox', 'fedsq'))
+        hashes = re.findall(r'Final weights: ([0-9a-f]{16})', text)
+        assert hashes == (seen := hashes if folder == 'a' else seen)
+    status, printed, _ = fedsq('report', tmp_path/'a', '--json', '--baseline', 'fedsq')
+    assert status == 0 and len(json.loads(printed)) == 3
+
+def test_the_command_line_wins_over_the_file(fedsq, tmp_path):
+    (tmp_path/'c.toml').write_text('alpha = 7\nrounds = 3\nmethods = ["fedprox"]\nflip = true\nlr = 0.5\nsave_weights = true\n')
+    assert fedsq('compare', '--config', tmp_path/'c.toml', *QUICK, *SMALL, '--no-save-weights', '--alpha', 3, '--methods', 'fedsq', '--out', tmp_path/'out')[0] == 0
+    got = tomllib.loads((tmp_path/'out'/'config.toml').read_text())
+    assert {k: got[k] for k in ('alpha', 'rounds', 'methods', 'flip', 'lr', 'save_weights')} == {
+        'alpha': 3.0, 'rounds': 1, 'methods': ['fedsq'], 'flip': True, 'lr': '0.02', 'save_weights': False}
+    assert not (tmp_path/'out'/'weights').exists()
+
+def test_one_seed_is_json_too(fedsq, tmp_path):
+    status, printed, _ = fedsq('compare', *QUICK, *SMALL, '--json', '--out', tmp_path/'out')
+    assert status == 0 and len(json.loads(printed, parse_constant=lambda c: pytest.fail(f'{c} is not JSON'))) == 1
+
+def test_without_out_the_run_gets_a_folder_of_its_own(fedsq, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert fedsq('compare', *QUICK, *SMALL)[0] == 0
+    folder, = (tmp_path/'runs').iterdir()
+    assert folder.name.startswith('digits-') and (folder/'report.html').is_file()
+
+def test_a_method_that_diverges_says_so(fedsq, tmp_path):
+    status, printed, err = fedsq('compare', *QUICK, *SMALL, '--methods', 'fedavg,fedsq', '--lr', 'fedavg=0.02,fedsq=1e12', '--rounds', 3, '--out', tmp_path/'out')
+    last = rows_of(tmp_path/'out')[-1]
+    assert status == 1 and 'diverged' in printed and 'lower learning rate' in err
+    assert last['state'] == 'diverged' and last['val_accuracy'] is None and last['test_accuracy'] is None
+    assert 'diverged' in (tmp_path/'out'/'report.html').read_text() and (tmp_path/'out'/'weights'/'fedsq-0.safetensors').is_file()
+
+@pytest.mark.parametrize('argv', [[*SMALL, '--methods', 'fedavg,fedprox,fedsq', '--bn', 'train'], ['--backbone', 'rescnn', '--weights', 'printed'],
+                                  ['--backbone', 'resnet18', '--size', '32', '--methods', 'fedavg,fedsq', '--head', 'light']])
+def test_a_folder_of_pictures_with_a_test_part(argv, fedsq, tmp_path):
+    pictures(tmp_path/'d'/'train', 14)
+    pictures(tmp_path/'d'/'test', 4)
+    status, printed, err = fedsq('compare', *QUICK, *argv, '--data', tmp_path/'d', '--out', tmp_path/'out')
+    assert status == 0, err
+    assert json.loads((tmp_path/'out'/'partition.json').read_text())['classes'] == ['a', 'b', 'c']
+    assert all(r['state'] == 'ok' and (12*r['test_accuracy']).is_integer() for r in rows_of(tmp_path/'out'))  # of the 12 test pictures
+
+@pytest.mark.parametrize('arrays, argv', [
+    (dict(x=x, y=y), SMALL), (dict(images=x[..., 0], labels=y), SMALL), (dict(x_train=x[..., :1], y_train=y, x_test=x[:9, ..., 1:2], y_test=y[:9]), SMALL),
+    (dict(x=x[..., 0], y=y), ['--backbone', 'mobilenet_v2', '--size', '32', '--methods', 'fedavg,fedsq', '--bn', 'train'])])
+def test_arrays_in_colour_and_grey(arrays, argv, fedsq, tmp_path):
+    status, _, err = fedsq('compare', *QUICK, *argv, '--data', npz(tmp_path/'d.npz', **arrays), '--out', tmp_path/'out')
+    assert status == 0 and all(r['state'] == 'ok' and r['clients_failed'] == 0 for r in rows_of(tmp_path/'out')), err
+
+# ---- help, and stopping
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as e: main(['compare', '--help'])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and '--config' in text and '--json' in text
+    for f in dataclasses.fields(Config): assert f'--{f.name.replace("_", "-")} ' in text or f'--{f.name.replace("_", "-")},' in text, f.name
+
+def test_bare_command_and_version(fedsq, capsys):
+    status, printed, err = fedsq()
+    assert status == 0 and 'compare' in printed and 'report' in printed and err == ''
+    with pytest.raises(SystemExit) as e: main(['--version'])
+    assert e.value.code == 0 and __version__ in capsys.readouterr().out
+
+def test_ctrl_c(fedsq, tmp_path):
+    out = tmp_path/'out'
+    code = 'from fedsq_nb.cli import main; import sys; sys.exit(main())'
+    p = subprocess.Popen([sys.executable, '-c', code, 'compare', *QUICK, *SMALL, '--rounds', '100000', '--out', str(out)],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out/'rounds.jsonl').exists() or len((out/'rounds.jsonl').read_bytes().splitlines()) < 4:
+            assert time.monotonic() < deadline and p.poll() is None
+            time.sleep(.05)
+        p.send_signal(signal.SIGINT)
+        printed, err = p.communicate(timeout=10)
+    finally: p.kill()
+    assert p.returncode == 130 and printed == '' and 'Traceback' not in err and str(out) in err.splitlines()[-1]
+    assert len(rows_of(out)) >= 4
+    status, printed, err = fedsq('report', out)
+    assert status == 0 and 'fedavg' in printed and 'of 100000 rounds' in err
+    assert 'not complete' in (out/'report.html').read_text()

@@ -1,0 +1,177 @@
+"One client's day against plain PyTorch loops, and what of a model travels."
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedsq_nb.aggregate import check_update
+from fedsq_nb.backbones import Format, backbone
+from fedsq_nb.core import copy_state, rng, seeded, state_hash
+from fedsq_nb.data import Batches, from_arrays
+from fedsq_nb.dualcopy import DualCopy
+from fedsq_nb.learner import FedProx, LocalTraining, constant_state, evaluate, shared_names, shared_state, trained_copy
+
+FORM, gen = Format(1, (.5,), (.25,), 8), rng(0, 'test', 'learner')
+DATA = from_arrays(gen.integers(0, 256, (50, 8, 8), dtype='uint8'), gen.integers(0, 3, 50), ['a', 'b', 'c'])
+PARTS = [gen.permutation(50)[:33], gen.permutation(50)[:9], gen.permutation(50)[:17]]
+LR, SETTINGS = .05, dict(lr=.05, epochs=2, batch_size=8, momentum=.9, seed=5)
+
+def small(dropout=0.):
+    with seeded(1, 'model'):
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(dropout),
+                             nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
+
+def rescnn(bn): return backbone('rescnn', 3, weights='random', bn=bn, say=lambda m: None)
+def day(model, callbacks=tuple, **kwargs): return LocalTraining(model, DATA, PARTS, FORM, callbacks=callbacks, **SETTINGS | kwargs)
+def bits(state): return state_hash(state)
+
+def by_hand(model, client, round, mu=0., weight_decay=0., epochs=2):
+    "SGD with momentum written out, on a loss that contains the proximal term; returns the state."
+    params = [p for p in model.parameters() if p.requires_grad]
+    start, speed = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+    batches = day(model).batches(client, round)
+    model.train()
+    for _ in range(epochs):
+        for x, y in batches:
+            loss = F.cross_entropy(model(x), y) + mu/2 * sum((p - s).square().sum() for p, s in zip(params, start))
+            grads = torch.autograd.grad(loss + weight_decay/2 * sum(p.square().sum() for p in params), params)
+            with torch.no_grad():
+                for p, v, g in zip(params, speed, grads): p -= LR * v.mul_(.9).add_(g)
+    return shared_state(model)
+
+def close(a, b, atol=1e-6):
+    assert a.keys() == b.keys()
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=atol, msg=lambda m: f'{k}: {m}')
+
+@pytest.mark.parametrize('wrap', [lambda m: m, DualCopy], ids=['plain', 'gated'])
+@pytest.mark.parametrize('mu, weight_decay', [(0., 0.), (0., .1), (.1, 0.), (1., .05)])
+def test_training_equals_a_loop_written_out(wrap, mu, weight_decay):
+    start = shared_state(small())
+    update = day(wrap(small()), (lambda: [FedProx(mu)]) if mu else tuple, weight_decay=weight_decay)(start, 0, 1)
+    close(update.state, by_hand(wrap(small()), 0, 1, mu, weight_decay))
+    assert (update.client, update.round, update.weight, update.metrics['steps']) == (0, 1, 33, 8)  # 8+8+8+9: one left over joins
+    assert (update.state['0.weight'] - start['0.weight']).abs().max() > 1e-3
+    if mu: assert (update.state['0.weight'] - by_hand(wrap(small()), 0, 1, 0., weight_decay)['0.weight']).abs().max() > 1e-4
+
+def test_training_equals_torch_sgd_bit_for_bit():
+    update, model = day(small(), weight_decay=.01)(shared_state(small()), 2, 4), small().train()
+    opt, batches = torch.optim.SGD(model.parameters(), LR, momentum=.9, weight_decay=.01), day(model).batches(2, 4)
+    losses = []
+    for _ in range(2):
+        for x, y in batches:
+            opt.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            opt.step()
+            losses += [loss.item()] * len(y)
+    assert bits(update.state) == bits(shared_state(model))
+    assert update.metrics['train_loss'] == pytest.approx(sum(losses) / len(losses)) and len(losses) == 2*17
+
+@pytest.mark.parametrize('make', [lambda: small(.5), lambda: DualCopy(small(.5)), lambda: rescnn('frozen'), lambda: DualCopy(rescnn('train'))],
+                         ids=['plain', 'gated', 'frozen', 'gated residual'])
+def test_mu_zero_is_fedavg_bit_for_bit(make):
+    start = shared_state(make())
+    assert bits(day(make(), lambda: [FedProx(0.)])(start, 0, 1).state) == bits(day(make())(start, 0, 1).state)
+
+@pytest.mark.parametrize('make', [lambda: small(.5), lambda: DualCopy(small(.5)), lambda: rescnn('train'), lambda: DualCopy(rescnn('train'))],
+                         ids=['plain', 'gated', 'train', 'gated residual'])
+@pytest.mark.parametrize('callbacks', [tuple, lambda: [FedProx(.5)]], ids=['sgd', 'prox'])
+def test_a_day_depends_on_seed_client_and_round_alone(make, callbacks):
+    start, fresh, used = shared_state(make()), day(make(), callbacks, flip=True), day(make(), callbacks, flip=True)
+    used(start, 0, 1); used(used(start, 2, 1).state, 0, 2)
+    torch.rand(17)
+    a, b = fresh(start, 1, 3), used(start, 1, 3)
+    assert bits(a.state) == bits(b.state) and a.metrics['train_loss'] == b.metrics['train_loss']
+    others = [fresh(start, 0, 3), fresh(start, 1, 4), day(make(), callbacks, flip=True, seed=6)(start, 1, 3)]
+    assert len({bits(u.state) for u in [a, *others]}) == 4
+
+def test_global_generators_are_left_alone():
+    before = torch.get_rng_state()
+    day(DualCopy(small(.5)), lambda: [FedProx(.1)], flip=True)(shared_state(small()), 0, 1)
+    assert torch.equal(before, torch.get_rng_state())
+
+@pytest.mark.parametrize('bn', ['frozen', 'train'])
+def test_the_structural_copy_keeps_every_bit(bn):
+    model = DualCopy(rescnn(bn))
+    before, start = bits(model.structural.state_dict()), shared_state(model)
+    train = day(model, lambda: [FedProx(.1)])
+    state = train(train(start, 0, 1).state, 1, 2).state
+    assert bits(model.structural.state_dict()) == before and bits(state) != bits(start)
+    assert not any(m.training for m in model.structural.modules()) and all(p.grad is None for p in model.structural.parameters())
+
+def test_dropout_works_in_the_quantitative_copy_alone():
+    model, seen = DualCopy(small(.5)), {'structural': [], 'quantitative': []}
+    for copy in seen:
+        def look(m, x, y, copy=copy): seen[copy].append((m.training, bool(torch.equal(x[0], y))))
+        getattr(model, copy)[5].register_forward_hook(look)
+    day(model)(shared_state(model), 0, 1)
+    assert len(seen['quantitative']) == len(seen['structural']) == 8
+    assert set(seen['quantitative']) == {(True, False)} and set(seen['structural']) == {(False, True)}
+
+def test_updates_share_no_memory_with_the_model_or_each_other():
+    for make in (small, lambda: DualCopy(small())):
+        model = make()
+        train, start = day(model), shared_state(model)
+        a = train(start, 0, 1)
+        kept, sent = bits(a.state), bits(start)
+        b = train(start, 1, 1)
+        assert bits(a.state) == kept and bits(start) == sent
+        places = [{t.untyped_storage().data_ptr() for t in s.values()} for s in (a.state, b.state, start, model.state_dict())]
+        assert sum(map(len, places)) == len(set.union(*places))
+        for t in b.state.values(): t.zero_()
+        assert bits(shared_state(model)) != bits(b.state)
+
+@pytest.mark.parametrize('wrap', [lambda m: m, DualCopy], ids=['plain', 'gated'])
+@pytest.mark.parametrize('bn', ['frozen', 'train'])
+def test_what_travels_each_round_and_what_once(wrap, bn):
+    net = rescnn(bn)
+    model = wrap(net)
+    names, once = shared_names(model), constant_state(model)
+    statistics = {n for n in net.state_dict() if n.split('.')[-1] in ('running_mean', 'running_var', 'num_batches_tracked')}
+    assert len(statistics) == 3*6
+    assert set(names) == set(net.state_dict()) - (statistics if bn == 'frozen' else set())
+    assert names == [n for n in net.state_dict() if n in names] and list(shared_state(model)) == names
+    assert {n for n in once if not n.startswith('structural.')} == (statistics if bn == 'frozen' else set())
+    structural = {f'structural.{n}' for n in model.structural.state_dict()} if wrap is DualCopy else set()
+    assert {n for n in once if n.startswith('structural.')} == structural and not any('structural.fc' in n for n in once)
+
+@pytest.mark.parametrize('wrap', [lambda m: m, DualCopy], ids=['plain', 'gated'])
+def test_frozen_parameters_neither_change_nor_travel(wrap):
+    net = rescnn('frozen')
+    net.stem.requires_grad_(False)
+    model = wrap(net)
+    assert not any(n.startswith('stem.') for n in shared_names(model)) and 'blocks.0.conv1.weight' in shared_names(model)
+    assert {'stem.0.weight', 'stem.1.weight', 'stem.1.bias'} <= constant_state(model).keys()
+    before = copy_state(trained_copy(model).stem.state_dict())
+    day(model, lambda: [FedProx(.1)], weight_decay=.1)(shared_state(model), 0, 1)
+    assert bits(before) == bits(trained_copy(model).stem.state_dict())
+
+@pytest.mark.parametrize('wrap', [lambda m: m, DualCopy], ids=['plain', 'gated'])
+def test_batch_norm_statistics_move_under_one_policy_only(wrap):
+    for bn, moves in (('frozen', False), ('train', True)):
+        model = wrap(rescnn(bn))
+        before = copy_state(trained_copy(model).state_dict())
+        day(model)(shared_state(model), 0, 1)
+        after = trained_copy(model).state_dict()
+        for n in (n for n in before if 'running' in n): assert torch.equal(before[n], after[n]) != moves, n
+        assert not torch.equal(before['stem.1.weight'], after['stem.1.weight'])  # scale and shift are trained under both
+
+@pytest.mark.parametrize('wrap', [lambda m: m, DualCopy], ids=['plain', 'gated'])
+def test_a_day_that_blows_up_ends_early_and_cannot_pass_the_server(wrap):
+    model = wrap(small())
+    start = shared_state(model)
+    update = day(model, lr=1e25, epochs=50)(start, 0, 1)
+    assert update.metrics['steps'] < 50*4 and 'finite' in check_update(update, start, round=1)
+    assert bits(day(model)(start, 1, 1).state) == bits(day(wrap(small()))(start, 1, 1).state)  # and leaves nothing behind for the next client
+
+def test_evaluate_by_its_definition_and_on_broken_weights():
+    model, batch = small(.5), lambda n: Batches(DATA, batch_size=n, size=8, channels=1, mean=.5, std=.25)
+    x, y = next(iter(batch(50)))
+    pred = model.eval()(x)
+    for n in (50, 7, 1):
+        accuracy, loss = evaluate(model.train(), batch(n))
+        assert accuracy == pytest.approx((pred.argmax(1) == y).double().mean().item())
+        assert loss == pytest.approx(F.cross_entropy(pred, y).item(), abs=1e-6)
+    for broken in (float('nan'), float('inf')):
+        with torch.no_grad(): model[8].weight[0, 0] = broken
+        assert all(v != v for v in evaluate(model, batch(50))) and all(v != v for v in evaluate(DualCopy(model), batch(50)))
