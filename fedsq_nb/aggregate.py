@@ -24,12 +24,12 @@ def _finite(x: object) -> bool:
     try: return isinstance(x, Real) and math.isfinite(x)
     except OverflowError: return False
 
-# %% ../nbs/50_aggregate.ipynb #21c7a7d5
+# %% ../nbs/50_aggregate.ipynb #471a54e5
 def _shares(weights: Iterable[float]) -> list[float]:
     "`n_k / n` for each weight. Raises `InputError` for one that is not a finite number above 0."
     for w in (weights := list(weights)):
         if not (_finite(w) and w > 0): raise InputError(f'weight {w!r} is not a finite number above 0: leave that client out')
-    largest = float(max(weights))
+    largest = float(max(weights, default=1))
     scaled = [float(w) / largest for w in weights]
     n = math.fsum(scaled)
     return [w / n for w in scaled]
@@ -62,14 +62,14 @@ def _mismatch(state: State, expected: State) -> str | None:
     for k, want in expected.items():
         if state[k].shape != want.shape: return f'{k!r} has shape {tuple(state[k].shape)}, expected {tuple(want.shape)}'
 
-# %% ../nbs/50_aggregate.ipynb #1476c095
+# %% ../nbs/50_aggregate.ipynb #181c3984
 @torch.no_grad()
 def weighted_mean(
     states: Sequence[State], # One state a client, all with the same names, types and shapes
     weights: Sequence[float], # n_k: one a client, finite and above 0; only their ratios matter
 ) -> State: # sum_k (n_k / n) w_k in new memory, with the types and key order of the first state
     "The weighted mean of `states`, tensor by tensor. Raises `InputError` when there is nothing, or nothing sensible, to average."
-    states, shares = list(states), _shares(weights) if len(weights) else []
+    states, shares = list(states), _shares(weights)
     if not states: raise InputError('states is empty: a mean needs at least one client')
     if len(states) != len(shares): raise InputError(f'weights has {len(shares)} numbers for {len(states)} states: give one a client')
     for i, s in enumerate(states):
@@ -86,14 +86,14 @@ def averaging_gap(
     answers = weighted_mean([{'y': f(s)} for s in states], weights)['y']
     return f(weighted_mean(states, weights)) - answers
 
-# %% ../nbs/50_aggregate.ipynb #a70a24f7
+# %% ../nbs/50_aggregate.ipynb #bf30c737
 def plot_gap(
     sizes: Sequence[float], # Step sizes, above 0
     gaps: dict[str, Sequence[float]], # Label to the size of the gap at each step size, above 0
     ax: Axes | None = None, # Where to draw; a new figure if None
 ) -> Axes:
     "Draw averaging gaps over step sizes on logarithmic axes, with the slope of each line."
-    if ax is None: ax = plt.subplots(figsize=(5, 3.2))[1]
+    if ax is None: ax = plt.subplots(figsize=(5, 3.2), dpi=80)[1]
     for label, values in gaps.items():
         slope = np.polyfit(np.log(sizes), np.log(values), 1)[0]
         ax.loglog(sizes, values, 'o-', ms=3, label=f'{label}: slope {slope:.2f}')

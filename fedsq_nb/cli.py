@@ -70,7 +70,7 @@ def config_of(
     if config.out: return config
     return dataclasses.replace(config, out=str(Path('runs')/f"{Path(config.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
-# %% ../nbs/90_cli.ipynb #b9a4d1b5
+# %% ../nbs/90_cli.ipynb #735ac3bb
 class _Bar(ProgressBar):
     "fastprogress's bar, drawn on standard error."
     def on_update(self, val, text: str): sys.stderr.write(f'\r\033[K{text}'); sys.stderr.flush()
@@ -87,7 +87,8 @@ class Progress:
 
     def row(self, row: dict) -> None: # A row of the calibration or of a run
         value = 'diverged' if row['val_accuracy'] is None else f"{100*row['val_accuracy']:.1f} %"
-        if 'chosen' in row or 'seed' not in row: return self.say(f"  {row['method']}, learning rate {row['lr']:g}: {value}")
+        if 'seed' not in row: return self.say(  # a rate of the calibration
+            f"  {row['method']}, learning rate {row['lr']:g}: {value}")
         if row['round'] == 0: return
         ended = row['round'] == self.rounds or row['state'] == 'diverged'
         self.done += 1 + (self.rounds - row['round'] if ended else 0)

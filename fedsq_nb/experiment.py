@@ -244,7 +244,7 @@ def measure_with(
         return row | {'gate_disagreement': probe(), 'weights': state_hash(state)}
     return measure
 
-# %% ../nbs/70_experiment.ipynb #2ef6054d
+# %% ../nbs/70_experiment.ipynb #a51e9a56
 def run(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`
@@ -255,6 +255,7 @@ def run(
     parts: list[np.ndarray] | None = None, # Who owns which images; by default the seed's partition
     test: bool = True, # Measure the test part and the gates too?
     on_row: Callable[[dict], None] = lambda row: None, # Told each row as it is made
+    say: Callable[[str], None] = lambda message: None, # Told of a divergence
 ) -> Federation: # With `rows` and the final `state`
     "Play one federation. A divergence ends it early and shows in its last row."
     c, m, parts = task.config, METHODS[method], task.parts(seed) if parts is None else parts
@@ -265,7 +266,7 @@ def run(
                      per_round=min(c.per_round, len(parts)) or None, once_bytes=serialised_bytes(constant_state(model)),
                      on_row=lambda row: on_row({'method': method, 'seed': seed, 'lr': lr, **row}))
     try: fed.fit(rounds or c.rounds)
-    except Diverged as e: task.say(f'{method}, seed {seed}, learning rate {lr:g}: {e}')
+    except Diverged as e: say(f'{method}, seed {seed}, learning rate {lr:g}: {e}')
     return fed
 
 # %% ../nbs/70_experiment.ipynb #dd795e50
@@ -365,7 +366,7 @@ def cpu_threads(n: int) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/70_experiment.ipynb #f51fc623
+# %% ../nbs/70_experiment.ipynb #720021d3
 def compare(
     config: Config, # The settings
     *,
@@ -382,7 +383,7 @@ def compare(
             atomic_write(folder/'partition.json', json.dumps(partition_card(task)))
             write_config(folder, task.config, rates)
         if not rates: rates, tried = _calibrate_all(task, folder, say, on_row)
-        rows, weights = _run_all(dataclasses.replace(task, say=say), rates, folder, on_row)
+        rows, weights = _run_all(task, rates, folder, say, on_row)
     return Comparison(task.config, rates, pd.DataFrame(rows), pd.DataFrame(tried), weights, folder)
 
 # %% ../nbs/70_experiment.ipynb #920e8633
@@ -403,17 +404,17 @@ def _calibrate_all(task: Task, folder: Path | None, say: Callable, on_row: Calla
             write_config(folder, task.config, rates)
     return rates, tried
 
-# %% ../nbs/70_experiment.ipynb #69094199
-def _run_all(task: Task, rates: dict[str, float], folder: Path | None, on_row: Callable) -> tuple[list[dict], dict]:
+# %% ../nbs/70_experiment.ipynb #116aaa68
+def _run_all(task: Task, rates: dict[str, float], folder: Path | None, say: Callable, on_row: Callable) -> tuple[list[dict], dict]:
     "Every method on every seed; rows go to the folder as they are made, weights at the end of each run."
-    rows, weights, quiet = [], {}, dataclasses.replace(task, say=lambda message: None)
+    rows, weights = [], {}
     def keep(row):
         rows.append(row)
         if folder: append_row(folder/'rounds.jsonl', row)
         on_row(row)
     for seed in _seeds(task.config):
         for method in task.config.methods:
-            state = run(task, method, seed, rates[method], on_row=keep).state
+            state = run(task, method, seed, rates[method], on_row=keep, say=say).state
             if not folder: weights[method, seed] = state
             elif task.config.save_weights:
                 (folder/'weights').mkdir(exist_ok=True)

@@ -85,6 +85,13 @@ def test_a_day_depends_on_seed_client_and_round_alone(make, callbacks):
     others = [fresh(start, 0, 3), fresh(start, 1, 4), day(make(), callbacks, flip=True, seed=6)(start, 1, 3)]
     assert len({bits(u.state) for u in [a, *others]}) == 4
 
+def test_dropout_follows_a_stream_of_its_own_for_each_seed_client_and_round(monkeypatch):
+    start, paths = shared_state(small()), []
+    def noted(seed, *path): paths.append((seed, *path)); return seeded(seed, *path)
+    monkeypatch.setattr('fedsq_nb.learner.seeded', noted)
+    for seed, client, round in ((5, 0, 1), (5, 1, 1), (5, 0, 2), (6, 0, 1)): day(small(.5), seed=seed)(start, client, round)
+    assert len(paths) == len(set(paths)) == 4
+
 def test_global_generators_are_left_alone():
     before = torch.get_rng_state()
     day(DualCopy(small(.5)), lambda: [FedProx(.1)], flip=True)(shared_state(small()), 0, 1)

@@ -1,0 +1,352 @@
+"The server's arithmetic: an oracle in plain numpy, the laws of a mean, and every poison kept out of it."
+import copy, itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from fedsq_nb.aggregate import FedAvg, averaging_gap, check_update, plot_gap, sift, weighted_mean
+from fedsq_nb.core import InputError, Update, rng, state_hash
+
+fast = settings(max_examples=60, deadline=None)
+floats = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+wholes = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+nan, inf = float('nan'), float('inf')
+
+
+@st.composite
+def rounds(draw, dtypes=(*floats, *wholes), max_clients=6):
+    "States of equal signature and a weight for each: names like a network's, 0 to 3 dimensions, empty tensors too."
+    signature = draw(st.lists(st.tuples(st.sampled_from(dtypes), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=4))
+    g, scale = rng(draw(st.integers(0, 2**32)), 'states'), 10.0 ** draw(st.integers(-4, 4))
+    def tensor(dtype, shape):
+        if 0 in shape: return torch.zeros(shape, dtype=dtype)
+        if dtype == torch.bool: return torch.tensor(g.random(shape) < 0.5)
+        if not dtype.is_floating_point: return torch.tensor(g.integers(0, 100, shape)).to(dtype)
+        return torch.tensor(g.normal(size=shape) * scale).to(dtype)
+    n_clients = draw(st.integers(1, max_clients))
+    states = [{f'layers.{i}.weight': tensor(*sig) for i, sig in enumerate(signature)} for _ in range(n_clients)]
+    weights = draw(st.lists(st.one_of(st.integers(1, 10**6), st.floats(1e-3, 1e6)), min_size=n_clients, max_size=n_clients))
+    return states, weights
+
+
+def spacing(states, name):
+    "One unit in the last place of the largest value that any client sends: what one rounding may cost, elementwise."
+    largest = torch.stack([s[name] for s in states]).abs().amax(0).double().numpy()
+    info = torch.finfo(states[0][name].dtype)
+    return np.maximum(2.0 ** np.floor(np.log2(np.maximum(largest, info.tiny))) * info.eps, info.smallest_normal * info.eps)
+
+def slack(states, name):
+    "One ulp; a float64 tensor has no wider accumulator to hide in, so it gets one for each term."
+    return spacing(states, name) * (2 * len(states) if states[0][name].dtype == torch.float64 else 1)
+
+def assert_within_an_ulp(a, b, states):
+    assert list(a) == list(b)
+    for k in a:
+        if a[k].is_floating_point(): assert (np.abs(a[k].double().numpy() - b[k].double().numpy()) <= slack(states, k)).all()
+        else: assert torch.equal(a[k], b[k])
+
+def bits(states): return [state_hash(s) for s in states]
+
+
+# -- the laws of a mean ------------------------------------------------------------------------------------------------
+
+@fast
+@given(rounds())
+def test_agrees_with_plain_numpy(drawn):
+    states, weights = drawn
+    got, p = weighted_mean(states, weights), np.array(weights, dtype=np.float64) / np.sum(np.array(weights, dtype=np.float64))
+    for k, t in got.items():
+        values = np.stack([s[k].double().numpy() for s in states])
+        want = np.tensordot(p, values, 1) if t.is_floating_point() else values.max(0)
+        assert t.dtype == states[0][k].dtype and t.shape == states[0][k].shape
+        tolerance = slack(states, k) if t.is_floating_point() else 0
+        assert (np.abs(t.double().numpy() - want) <= tolerance).all()
+
+@fast
+@given(rounds(), st.randoms(use_true_random=False))
+def test_order_of_clients_moves_at_most_the_last_bit(drawn, random):
+    states, weights = drawn
+    order = random.sample(range(len(states)), len(states))
+    assert_within_an_ulp(weighted_mean(states, weights), weighted_mean([states[i] for i in order], [weights[i] for i in order]), states)
+
+@fast
+@given(rounds(), st.randoms(use_true_random=False))
+def test_fedavg_is_the_same_to_the_bit_in_any_order(drawn, random):
+    states, weights = drawn
+    updates = [Update(client=i, round=1, state=s, weight=w) for i, (s, w) in enumerate(zip(states, weights))]
+    rule, old = FedAvg(), copy.deepcopy(states[0])
+    assert state_hash(rule.step(old, updates)) == state_hash(rule.step(old, random.sample(updates, len(updates))))
+
+@fast
+@given(rounds(), st.floats(1e-300, 1e300), st.integers(-900, 900))
+def test_only_ratios_of_weights_matter(drawn, factor, exponent):
+    states, weights = drawn
+    mean = weighted_mean(states, weights)
+    assert_within_an_ulp(mean, weighted_mean(states, [w * factor for w in weights]), states)
+    assert state_hash(mean) == state_hash(weighted_mean(states, [w * 2.0**exponent for w in weights]))
+
+@fast
+@given(rounds())
+def test_a_mean_lies_between_the_smallest_and_the_largest(drawn):
+    states, weights = drawn
+    for k, t in weighted_mean(states, weights).items():
+        values = torch.stack([s[k] for s in states])
+        room = slack(states, k) if t.dtype == torch.float64 else 0  # narrower types are rounded once, and rounding is monotone
+        low, high = values.amin(0).double().numpy() - room, values.amax(0).double().numpy() + room
+        assert ((low <= t.double().numpy()) & (t.double().numpy() <= high)).all()
+
+@fast
+@given(rounds(max_clients=1), st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=9))
+def test_identical_states_come_back_to_the_bit_and_in_new_memory(drawn, weights):
+    (state,), _ = drawn
+    name = state_hash(state)
+    assert state_hash(weighted_mean([copy.deepcopy(state) for _ in weights], weights)) == name
+    for t in weighted_mean([state] * len(weights), weights).values(): t.zero_()
+    assert state_hash(state) == name
+
+@pytest.mark.parametrize('dtype', floats[:3], ids=str)  # float64 has no wider accumulator: see `slack`
+@pytest.mark.parametrize('n', [3, 7, 10])
+def test_values_that_agree_are_untouched_although_one_beside_them_differs(dtype, n):
+    "A frozen channel in a trained tensor: the tensor is summed, and the agreed values must survive the summing."
+    agreed = torch.from_numpy(rng(0, 'agreed').normal(size=500)).to(dtype)
+    states = [{'w': torch.cat([agreed, torch.tensor([float(i)], dtype=dtype)])} for i in range(n)]
+    assert torch.equal(weighted_mean(states, range(1, n + 1))['w'][:-1], agreed)
+
+def test_float16_neither_overflows_nor_loses_small_clients():
+    "The sum of these would be infinite in float16, and 0.1 added to 60000 would vanish in it."
+    states = [{'w': torch.tensor([60000., v], dtype=torch.float16)} for v in (60000., *[0.5] * 9)]
+    want = torch.tensor([60000., (60000 + 9 * 0.5) / 10]).half()
+    assert torch.equal(weighted_mean(states, [1] * 10)['w'], want)
+
+@fast
+@given(rounds())
+def test_inputs_are_never_written_to(drawn):
+    states, weights = drawn
+    before, kept = bits(states), list(weights)
+    updates = [Update(client=i, round=1, state=s, weight=w) for i, (s, w) in enumerate(zip(states, weights))]
+    extra = {**copy.deepcopy(states[0]), 'frozen': torch.ones(2)}
+    whole = state_hash(extra)
+    after = FedAvg().step(extra, sift(updates, states[0], round=1)[0])
+    for k in states[0]: after[k].zero_()
+    assert (bits(states), list(weights), state_hash(extra)) == (before, kept, whole)
+
+def test_live_parameters_give_plain_tensors_without_a_graph():
+    nets = [torch.nn.Linear(2, 1) for _ in range(2)]
+    mean = weighted_mean([dict(n.named_parameters()) for n in nets], [1, 3])
+    assert all(type(t) is torch.Tensor and not t.requires_grad for t in mean.values())
+
+def test_key_order_is_that_of_the_first_state():
+    a, b = {'w': torch.ones(1), 'b': torch.zeros(1)}, {'b': torch.ones(1), 'w': torch.zeros(1)}
+    assert list(weighted_mean([a, b], [1, 1])) == ['w', 'b']
+
+def test_a_non_contiguous_tensor_is_averaged_by_position():
+    t = torch.arange(6.).reshape(2, 3)
+    assert torch.equal(weighted_mean([{'w': t.T}, {'w': t.T.contiguous() + 2}], [1, 1])['w'], t.T + 1)
+
+
+# -- what cannot be averaged -------------------------------------------------------------------------------------------
+
+one = {'w': torch.ones(2)}
+
+@pytest.mark.parametrize('weight', [0, -1, -0.0, nan, inf, -inf, None, '3', 1j, 10**400, torch.tensor(3.), np.float32('nan'), np.array([1., 2.])],
+                         ids=lambda w: f'{type(w).__name__}-{str(w)[:5]}')
+def test_a_weight_must_be_a_finite_number_above_0(weight):
+    with pytest.raises(InputError, match='weight .* is not a finite number above 0'): weighted_mean([one, one], [1, weight])
+    assert 'is not a finite number above 0' in check_update(Update(client=0, round=1, state=one, weight=weight), one)
+
+@pytest.mark.parametrize('weight', [1, 2.5, np.int64(3), np.float32(0.5), 5e-324, 1.7e308, 10**300])
+def test_any_positive_real_number_is_a_weight(weight):
+    assert check_update(Update(client=0, round=1, state=one, weight=weight), one) is None
+    assert torch.equal(weighted_mean([one, one], [weight, weight])['w'], one['w'])
+
+@pytest.mark.parametrize('states, weights, text', [
+    ([], [], 'states is empty'), ([], [1], 'states is empty'),
+    ([one, one], [1], 'weights has 1 numbers for 2 states'), ([one], [], 'weights has 0 numbers for 1 states'),
+    ([one, {}], [1, 1], r"states\[1\] does not match states\[0\]: missing 'w'"),
+    ([one, {**one, 'b': one['w']}], [1, 1], "unexpected 'b'"),
+    ([one, {'w': torch.ones(3)}], [1, 1], r"'w' has shape \(3,\), expected \(2,\)"),
+    ([one, {'w': torch.ones(1)}], [1, 1], r"'w' has shape \(1,\), expected \(2,\)"),  # would broadcast
+    ([one, one, {'w': torch.ones(2).double()}], [1, 1, 1], r"states\[2\] .*torch.float64, expected torch.float32"),
+    ([one, {'w': np.ones(2)}], [1, 1], "'w' is of type ndarray, expected a tensor")])
+def test_states_that_do_not_fit_are_named(states, weights, text):
+    with pytest.raises(InputError, match=text): weighted_mean(states, weights)
+
+def test_many_names_are_cut_to_a_few():
+    many = {f'n{i}': torch.ones(1) for i in range(9)}
+    assert check_update(Update(client=0, round=1, state={}, weight=1), many) == "missing 'n0', 'n1', 'n2' and 6 more"
+
+
+# -- poison ------------------------------------------------------------------------------------------------------------
+
+expected = {'conv.weight': torch.zeros(2, 3), 'bn.num_batches_tracked': torch.tensor(0), 'fc.bias': torch.zeros(4)}
+
+def healthy(client, round=4):
+    g = rng(0, 'client', client)
+    state = {'conv.weight': torch.from_numpy(g.normal(size=(2, 3))).float(), 'bn.num_batches_tracked': torch.tensor(client),
+             'fc.bias': torch.from_numpy(g.normal(size=4)).float()}
+    return Update(client=client, round=round, state=state, weight=10 + client, metrics={'train_loss': 0.5})
+
+def with_value(value):
+    t = torch.zeros(4); t[2] = value
+    return lambda u: replace(u, state={**u.state, 'fc.bias': t})
+
+def with_tensor(name, t): return lambda u: replace(u, state={**u.state, name: t})
+
+poisons = {
+    'nan': (with_value(nan), "non-finite values in 'fc.bias' (1 of 4)"),
+    '+inf': (with_value(inf), "non-finite values in 'fc.bias' (1 of 4)"),
+    '-inf': (with_value(-inf), "non-finite values in 'fc.bias' (1 of 4)"),
+    'all nan': (with_tensor('conv.weight', torch.full((2, 3), nan)), "non-finite values in 'conv.weight' (6 of 6)"),
+    'shape': (with_tensor('fc.bias', torch.zeros(5)), "'fc.bias' has shape (5,), expected (4,)"),
+    'broadcastable shape': (with_tensor('fc.bias', torch.zeros(1)), "'fc.bias' has shape (1,), expected (4,)"),
+    'scalar': (with_tensor('fc.bias', torch.tensor(0.)), "'fc.bias' has shape (), expected (4,)"),
+    'dtype': (with_tensor('fc.bias', torch.zeros(4).double()), "'fc.bias' has type torch.float64, expected torch.float32"),
+    'counter as float': (with_tensor('bn.num_batches_tracked', torch.tensor(3.)), "'bn.num_batches_tracked' has type torch.float32, expected torch.int64"),
+    'not a tensor': (with_tensor('fc.bias', [0.] * 4), "'fc.bias' is of type list, expected a tensor"),
+    'missing': (lambda u: replace(u, state={k: v for k, v in u.state.items() if k != 'fc.bias'}), "missing 'fc.bias'"),
+    'empty': (lambda u: replace(u, state={}), "missing 'conv.weight', 'bn.num_batches_tracked', 'fc.bias'"),
+    'extra': (with_tensor('backdoor', torch.zeros(1)), "unexpected 'backdoor'"),
+    'negative weight': (lambda u: replace(u, weight=-3), 'weight -3 is not a finite number above 0'),
+    'zero weight': (lambda u: replace(u, weight=0), 'weight 0 is not a finite number above 0'),
+    'nan weight': (lambda u: replace(u, weight=nan), 'weight nan is not a finite number above 0'),
+    'infinite weight': (lambda u: replace(u, weight=inf), 'weight inf is not a finite number above 0'),
+    'text weight': (lambda u: replace(u, weight='12'), "weight '12' is not a finite number above 0"),
+    'no weight': (lambda u: replace(u, weight=None), 'weight None is not a finite number above 0'),
+    'stale': (lambda u: replace(u, round=3), 'belongs to round 3, not to round 4'),
+    'early': (lambda u: replace(u, round=5), 'belongs to round 5, not to round 4'),
+    'nan metric': (lambda u: replace(u, metrics={'train_loss': nan}), "metric 'train_loss' is nan, not a finite number"),
+    'infinite metric': (lambda u: replace(u, metrics={'seconds': 1., 'train_loss': inf}), "metric 'train_loss' is inf, not a finite number"),
+    'text metric': (lambda u: replace(u, metrics={'train_loss': 'low'}), "metric 'train_loss' is 'low', not a finite number"),
+}
+
+@pytest.mark.parametrize('place', range(4))
+@pytest.mark.parametrize('kind', poisons)
+def test_poison_is_named_and_leaves_no_trace(kind, place):
+    spoil, reason = poisons[kind]
+    updates = [healthy(c) for c in (7, 1, 5)]
+    clean = FedAvg().step(expected, updates)
+    updates.insert(place, spoil(healthy(3)))
+    good, failures = sift(updates, expected, round=4)
+    assert [u.client for u in good] == [1, 5, 7]
+    assert failures == [{'client': 3, 'reason': reason}]
+    assert state_hash(FedAvg().step(expected, good)) == state_hash(clean)
+
+@fast
+@given(st.permutations(range(4)), st.sampled_from([nan, inf]))
+def test_a_duplicate_is_refused_whatever_it_holds(order, value):
+    updates = [healthy(c) for c in range(4)]
+    clean = FedAvg().step(expected, updates)
+    arrived = [updates[i] for i in order]
+    twice = arrived[0]
+    good, failures = sift([*arrived, with_value(value)(twice), twice], expected, round=4)
+    assert failures == [{'client': twice.client, 'reason': f'duplicate of client {twice.client}'}] * 2
+    assert [u.client for u in good] == [0, 1, 2, 3] and good[twice.client] is twice
+    assert state_hash(FedAvg().step(expected, good)) == state_hash(clean)
+
+def test_a_refused_update_does_not_use_up_the_clients_voice():
+    "A stale update that arrives late must not silence the client's good one."
+    stale, fresh = replace(healthy(3), round=3), healthy(3)
+    good, failures = sift([stale, fresh], expected, round=4)
+    assert len(good) == 1 and good[0] is fresh and len(failures) == 1
+
+def test_absurd_but_finite_passes_the_guard():
+    "1e30 is a number: plausibility is for robust rules, and this pins where the guard's promise ends."
+    assert check_update(with_value(1e30)(healthy(3)), expected, round=4) is None
+
+def test_checks_come_in_their_stated_order():
+    "An update with every fault at once shows them one by one as they are mended."
+    everything = Update(client=1, round=3, weight=nan, metrics={'train_loss': nan},
+                        state={'a': torch.zeros(3), 'b': torch.zeros(2).half(), 'd': torch.zeros(1)})
+    want = {'a': torch.zeros(2), 'b': torch.zeros(2), 'c': torch.zeros(1)}
+    mends = [('weight', lambda u: replace(u, weight=1)), ('round', lambda u: replace(u, round=4)),
+             ("missing 'c'", with_tensor('c', torch.tensor([nan]))),
+             ("unexpected 'd'", lambda u: replace(u, state={k: v for k, v in u.state.items() if k != 'd'})),
+             ("'b' has type", with_tensor('b', torch.zeros(2))), ("'a' has shape", with_tensor('a', torch.zeros(2))),
+             ("non-finite values in 'c'", with_tensor('c', torch.zeros(1))), ('metric', lambda u: replace(u, metrics={}))]
+    for text, mend in mends:
+        assert text in check_update(everything, want, round=4)
+        everything = mend(everything)
+    assert check_update(everything, want, round=4) is None
+
+def test_all_bad_leaves_nothing_and_the_rule_says_so():
+    good, failures = sift([with_value(nan)(healthy(c)) for c in (2, 1)], expected, round=4)
+    assert good == [] and [f['client'] for f in failures] == [1, 2]
+    with pytest.raises(InputError, match='states is empty'): FedAvg().step(expected, good)
+
+def test_sift_takes_an_iterator_and_any_round_by_default():
+    good, failures = sift(iter([healthy(2, round=9), healthy(1, round=1)]), expected)
+    assert [u.client for u in good] == [1, 2] and failures == []
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------
+
+def test_fedavg_replaces_what_was_sent_and_hands_on_the_rest():
+    world = {'mask': torch.ones(2), **expected, 'tail': torch.tensor(nan)}
+    after = FedAvg().step(world, (healthy(c) for c in (2, 1)))
+    assert list(after) == list(world)
+    assert after['mask'] is world['mask'] and after['tail'] is world['tail']
+    assert after['bn.num_batches_tracked'] == 2
+
+@pytest.mark.parametrize('world, text', [
+    ({}, 'unexpected'), ({**expected, 'fc.bias': torch.zeros(5)}, r"'fc.bias' has shape \(4,\), expected \(5,\)"),
+    ({**expected, 'fc.bias': torch.zeros(4).half()}, "'fc.bias' has type torch.float32, expected torch.float16")])
+def test_fedavg_refuses_updates_of_another_model(world, text):
+    with pytest.raises(InputError, match=f'updates do not fit the global state: .*{text}'): FedAvg().step(world, [healthy(1)])
+
+def test_fedavg_has_no_memory_and_takes_nobody_elses():
+    rule = FedAvg()
+    rule.step(expected, [healthy(1)])
+    assert rule.state_dict() == {} and repr(rule) == 'FedAvg()'
+    rule.load_state_dict(rule.state_dict())
+    with pytest.raises(InputError, match='FedAvg keeps no state'): rule.load_state_dict({'momentum': expected})
+
+
+# -- the averaging gap -------------------------------------------------------------------------------------------------
+
+def clients_of(seed, sizes, n, t=1.):
+    "A chain of square layers, and `n` clients a random step of size `t` away; and the inputs."
+    g = rng(seed, 'gap')
+    normal = lambda *shape: torch.from_numpy(g.normal(size=shape))
+    start = {f'{i}': normal(s, r) / r**0.5 for i, (r, s) in enumerate(itertools.pairwise(sizes))}
+    steps = [{k: normal(*v.shape) for k, v in start.items()} for _ in range(n)]
+    return start, [{k: v + t * d[k] for k, v in start.items()} for d in steps], normal(20, sizes[0])
+
+def gated(inputs, start):
+    "The outputs as a function of weights, with gates that `start` decided."
+    gates, h = [], inputs
+    for w in start.values(): h = h @ w.T; gates.append(h > 0); h = h * gates[-1]
+    def f(state):
+        h = inputs
+        for w, g in zip(state.values(), gates): h = (h @ w.T) * g
+        return h
+    return f
+
+@fast
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(0, 2), st.lists(st.floats(1, 100), min_size=5, max_size=5))
+def test_with_fixed_gates_training_any_single_layer_averages_exactly(seed, n, layer, weights):
+    start, states, inputs = clients_of(seed, (3, 4, 4, 2), n)
+    states = [{**start, f'{layer}': s[f'{layer}']} for s in states]
+    f = gated(inputs, start)
+    largest = max(float(f(s).abs().max()) for s in states) + 1
+    assert averaging_gap(f, states, weights[:n]).abs().max() < 1e-12 * largest
+
+@fast
+@given(st.integers(0, 2**32), st.integers(2, 5))
+def test_with_fixed_gates_and_two_layers_half_the_step_leaves_a_quarter_of_the_gap(seed, n):
+    gaps = []
+    for t in (1., 0.5):
+        start, states, inputs = clients_of(seed, (3, 8, 2), n, t)
+        gaps.append(averaging_gap(gated(inputs, start), states, [1] * n))
+    assert float(gaps[0].abs().max()) > 1e-3  # not exact, however the gates are fixed
+    torch.testing.assert_close(gaps[1], gaps[0] / 4, rtol=1e-9, atol=1e-11)
+
+def test_plot_gap_labels_the_exponent():
+    import matplotlib
+    from matplotlib.figure import Figure
+    sizes = np.array([0.1, 1, 10])
+    ax = plot_gap(sizes, {'square': 3 * sizes**2, 'root': sizes**0.5}, ax=Figure().subplots())
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['square: slope 2.00', 'root: slope 0.50']
+    assert ax.get_xscale() == ax.get_yscale() == 'log' and ax.get_xlabel() and ax.get_ylabel()

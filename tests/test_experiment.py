@@ -1,0 +1,185 @@
+"From one configuration to rows: repeatable to the bit, test data that influence nothing, and a fair search for learning rates."
+import dataclasses, json, random, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from fedsq_nb import experiment as E
+from fedsq_nb.core import rng, state_hash
+from fedsq_nb.data import ImageSet
+from fedsq_nb.experiment import METHODS, Config, calibrate, compare
+from fedsq_nb.partition import partition_hash
+
+TINY = dict(weights='random', size=12, clients=3, alpha=1, min_size=2, max_train=60, valid_fraction=.05, test_fraction=.05, batch_size=16, rounds=2, seeds=1)
+ALL = TINY | dict(lr='fedavg=0.02,fedprox=0.02,fedsq=0.01', mu=.5)
+quiet = lambda message: None
+
+def rows_of(result, *but): return [{k: v for k, v in r.items() if k not in ('seconds', *but)} for r in result.rows.to_dict('records')]
+def same(a, b): return json.dumps(a) == json.dumps(b)  # NaN is like NaN
+def hashes(result): return {f'{m}-{s}': state_hash(w) for (m, s), w in result.weights.items()}
+
+@pytest.fixture(scope='module')
+def first(): return compare(Config(**ALL), say=quiet)
+
+# ---- the same seed, the same bits
+
+def test_the_same_settings_give_the_same_bits_here(first):
+    again = compare(Config(**ALL), say=quiet)
+    assert same(rows_of(again), rows_of(first)) and hashes(again) == hashes(first)
+    assert len(set(hashes(first).values())) == 3
+
+def test_and_in_another_process(first):
+    code = f'''if True:
+        import json, random, numpy, torch
+        random.seed(1); numpy.random.seed(2); torch.manual_seed(3)
+        from fedsq_nb.experiment import Config, compare
+        from fedsq_nb.core import state_hash
+        r = compare(Config(**{ALL!r}), say=lambda m: None)
+        print(json.dumps([r.rows.drop(columns='seconds').to_dict('records'), {{f'{{m}}-{{s}}': state_hash(w) for (m, s), w in r.weights.items()}}]))'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    rows, weights = json.loads(done.stdout)
+    assert same(rows, rows_of(first)) and weights == hashes(first)
+
+def test_other_seeds_give_other_runs(first):
+    other = compare(Config(**ALL | dict(seed=1)), say=quiet)
+    assert not set(hashes(other).values()) & set(hashes(first).values())
+
+def test_a_method_does_not_depend_on_its_company(first):
+    "Alone, in another order, with more seeds: the rows of a method and seed stay."
+    alone = compare(Config(**ALL | dict(methods='fedsq', seeds=2)), say=quiet)
+    mixed = compare(Config(**ALL | dict(methods='fedsq,fedavg')), say=quiet)
+    want = [r for r in rows_of(first) if r['method'] == 'fedsq']
+    assert same([r for r in rows_of(alone) if r['seed'] == 0], want) and same([r for r in rows_of(mixed) if r['method'] == 'fedsq'], want)
+
+def test_nothing_global_is_touched():
+    threads = torch.get_num_threads()
+    random.seed(1); np.random.seed(2); torch.manual_seed(3); torch.set_num_threads(2)
+    try:
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.is_grad_enabled()
+        compare(Config(**ALL | dict(lr='auto', rates=(.02,), calibration_seeds=1, rounds=1, flip=True)), say=quiet)
+        after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.is_grad_enabled()
+        assert before == after and torch.get_num_threads() == 2
+    finally: torch.set_num_threads(threads)
+
+# ---- fairness
+
+def test_every_method_starts_from_the_same_network_on_the_same_partition(first, monkeypatch):
+    start = first.rows[first.rows['round'] == 0].set_index('method')
+    assert start.weights.nunique() == 1
+    for name in ('val_accuracy', 'val_loss', 'test_accuracy', 'test_loss'): np.testing.assert_allclose(start[name], start[name].iloc[0], rtol=1e-5)
+    seen = []
+    class Spy(E.LocalTraining):
+        def __init__(self, model, data, parts, form, *, lr, callbacks, **shared):
+            seen.append((partition_hash(parts), len(data), form, *sorted(shared.items())))
+            super().__init__(model, data, parts, form, lr=lr, callbacks=callbacks, **shared)
+    monkeypatch.setattr(E, 'LocalTraining', Spy)
+    compare(Config(**ALL | dict(seeds=2, rounds=1)), say=quiet)
+    assert len(seen) == 6 and len(set(seen[:3])) == len(set(seen[3:])) == 1 and seen[0] != seen[3]
+
+@pytest.mark.parametrize('calibration', ['federated', 'centralised'])
+def test_the_test_part_influences_nothing(calibration, monkeypatch):
+    config = Config(**TINY | dict(lr='auto', rates=(.01, .03), calibration=calibration, calibration_seeds=1, rounds=2, methods='fedavg,fedsq'))
+    load, gen = E.load_data, rng(0, 'test', 'noise')
+    def spoiled(*args, **kwargs):
+        splits = load(*args, **kwargs)
+        noise = torch.from_numpy(gen.integers(0, 256, splits.test.images.shape, dtype='uint8'))
+        return dataclasses.replace(splits, test=ImageSet(noise, splits.test.labels.flip(0), splits.test.classes))
+    a = compare(config, say=quiet)
+    monkeypatch.setattr(E, 'load_data', spoiled)
+    b = compare(config, say=quiet)
+    measured = 'test_accuracy', 'test_loss'
+    assert same(rows_of(a, *measured), rows_of(b, *measured)) and not np.allclose(a.rows.test_loss, b.rows.test_loss)
+    assert a.rates == b.rates and a.calibration.equals(b.calibration) and hashes(a) == hashes(b)
+
+def test_calibration_never_looks_at_the_test_part_or_at_the_seeds_of_the_comparison(monkeypatch):
+    task = E.load_task(Config(**TINY), quiet)
+    batches, run, seeds = E.Task.batches, E.run, []
+    def guarded(self, what): return batches(self, what) if what == 'valid' else pytest.fail('calibration read the test part')
+    def noted(task, method, seed, lr, **kwargs): seeds.append(seed); return run(task, method, seed, lr, **kwargs)
+    monkeypatch.setattr(E.Task, 'batches', guarded)
+    monkeypatch.setattr(E, 'run', noted)
+    results = [E.try_rate(task, m, .02) for m in METHODS]
+    assert all(r['state'] == 'ok' and 'test_accuracy' not in r for r in results)
+    assert len(seeds) == 6 and seeds[:2] == seeds[2:4] == seeds[4:] and not set(seeds) & set(range(1000))
+
+def test_a_trial_is_the_mean_of_each_seeds_best_round_on_validation(monkeypatch):
+    "The start does not count; of two equal rounds the one with the lower loss does."
+    row = lambda t, acc, loss: dict(round=t, val_accuracy=acc, val_loss=loss, state='ok')
+    runs = iter([[row(0, .9, .1), row(1, .4, .9), row(2, .6, .8), row(3, .5, .2)], [row(0, 0., 3.), row(1, .7, .5), row(2, .7, .3), row(3, .7, .4)]])
+    monkeypatch.setattr(E, 'run', lambda *a, **k: type('', (), {'rows': next(runs)}))
+    got = E.try_rate(E.load_task(Config(**TINY), quiet), 'fedavg', .02)
+    assert got == dict(method='fedavg', lr=.02, round=2., val_accuracy=pytest.approx(.65), val_loss=pytest.approx(.55), state='ok')
+
+# ---- the search, on formulas
+
+def search(formula, rates=(.003, .01, .03), method='fedavg'):
+    "Calibrate with `formula(lr)` as validation accuracy, None for a divergence."
+    asked = []
+    def trial(task, method, lr):
+        asked.append(lr)
+        v = formula(lr)
+        return dict(method=method, lr=lr, round=1., val_accuracy=v, val_loss=None if v is None else 1 - v, state='diverged' if v is None else 'ok')
+    task = type('', (), {'config': type('', (), {'rates': rates})})
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(E, 'try_rate', trial)
+        lr, rows = calibrate(task, method)
+    assert len(asked) == len(set(asked)) == len(rows) <= len(rates) + 3
+    assert [r['lr'] for r in rows] == sorted(asked) and [r['lr'] for r in rows if r['chosen']] == [lr]
+    return lr, asked
+
+def peak(at, wall=np.inf): return lambda lr: None if lr >= wall else 1/(1 + np.log10(lr/at)**2)
+
+@pytest.mark.parametrize('formula, chosen, beyond', [
+    (peak(.01), .01, []), (peak(.03), .03, [.1]), (peak(.1), .1, [.1, .3]), (peak(.003), .003, [.001]), (peak(.001), .001, [.001, .0003]),
+    (peak(1e-9), .0001, [.001, .0003, .0001]), (peak(1e9), 1., [.1, .3, 1.]),
+    (peak(1., wall=.02), .01, []), (peak(1., wall=.05), .03, [.1]), (peak(1., wall=.005), .003, [.001]), (peak(1., wall=.002), .001, [.001, .0003]),
+    (peak(1., wall=2e-4), .0001, [.001, .0003, .0001]), (peak(1., wall=1e-9), .0001, [.001, .0003, .0001])],
+    ids=['inside', 'upper edge', 'above', 'lower edge', 'below', 'far below', 'far above', 'wall inside', 'wall above', 'all but the lowest diverge',
+         'all of the grid diverge', 'all but the last try diverge', 'everything diverges'])
+def test_the_search_goes_on_beyond_an_edge_and_away_from_divergence(formula, chosen, beyond):
+    assert search(formula) == (chosen, [.003, .01, .03, *beyond])
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=5, unique=True), st.integers(0, 2**31), st.integers(0, 3))
+def test_the_search_ends_with_the_best_of_what_it_tried(rates, seed, often):
+    value = lambda lr: None if (v := np.random.default_rng([seed, int(lr * 1e12)])).integers(4) < often else float(v.random())
+    lr, asked = search(value, tuple(rates))
+    tried = {a: value(a) for a in asked}
+    fine = {a: v for a, v in tried.items() if v is not None}
+    if fine: assert fine[lr] == max(fine.values())
+    else: assert lr == min(tried)
+    assert min(tried) < lr < max(tried) or len(asked) == len(rates) + 3
+    assert all(search(value, tuple(rates), m) == (lr, asked) for m in METHODS)
+
+def test_equal_accuracies_are_told_apart_by_loss():
+    def trial(task, method, lr): return dict(method=method, lr=lr, round=1., val_accuracy=.5, val_loss=abs(lr - .01), state='ok')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(E, 'try_rate', trial)
+        assert calibrate(type('', (), {'config': Config()}), 'fedsq')[0] == .01
+
+def test_a_rate_that_diverges_on_one_seed_is_out(monkeypatch):
+    task, runs = E.load_task(Config(**TINY), quiet), []
+    def run(*args, **kwargs):
+        bad = bool(runs)
+        runs.append(type('', (), {'rows': [dict(round=t, val_accuracy=None if bad and t else .9, val_loss=.1, state='diverged' if bad and t else 'ok') for t in (0, 1)]}))
+        return runs[-1]
+    monkeypatch.setattr(E, 'run', run)
+    got = E.try_rate(task, 'fedavg', .1)
+    assert got['state'] == 'diverged' and got['val_accuracy'] is None and len(runs) == 2
+
+# ---- divergence
+
+def test_a_diverged_run_is_recorded_and_the_others_go_on():
+    heard = []
+    result = compare(Config(**TINY | dict(lr='fedavg=1e12,fedsq=0.02', methods='fedavg,fedsq', seeds=2, rounds=3)), say=heard.append)
+    bad, good = (result.rows[result.rows.method == m] for m in ('fedavg', 'fedsq'))
+    for _, run in bad.groupby('seed'):
+        last = run.iloc[-1]
+        assert last.state == 'diverged' and last['round'] < 3 and all(np.isnan(last[c]) for c in ('val_accuracy', 'val_loss', 'test_accuracy', 'test_loss'))
+        assert (run.state[:-1] == 'ok').all()
+    assert len(good) == 8 and (good.state == 'ok').all()
+    assert sum('fedavg, seed' in h and 'lower learning rate' in h for h in heard) == 2
+    assert all(torch.isfinite(t).all() for w in result.weights.values() for t in w.values())  # the last good state
