@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'parse', 'config_of', 'Progress', 'fingerprint', 'show', 'run_compare', 'run_report', 'main']
 
-# %% ../nbs/90_cli.ipynb #53bbd619
+# %% ../nbs/90_cli.ipynb #cfae4b38
 import argparse, dataclasses, hashlib, json, sys, time, typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from pandas import DataFrame
 from . import __version__
 from .core import InputError, check_name
 from .experiment import Comparison, Config, compare, read_toml
-from .report import headline, notes, read_rows, records, report, table, text_table
+from .report import headline, missing, notes, read_rows, records, report, table, text_table
 
 # %% ../nbs/90_cli.ipynb #d455a93a
 class _Parser(argparse.ArgumentParser):
@@ -119,12 +119,11 @@ def show(
     if as_json: return print(json.dumps(records(rows, baseline), indent=1))
     print(text_table(table(rows, baseline)), '', headline(rows, baseline), *notes(rows), f'Final weights: {fingerprint(rows)}', sep='\n')
 
-# %% ../nbs/90_cli.ipynb #ef2b5be8
+# %% ../nbs/90_cli.ipynb #26d332a8
 def run_compare(args: argparse.Namespace) -> int:
     "`fedsq compare`: run, print, report."
     config = config_of(args)
     progress = Progress(config)
-    progress.say(f"calibrating {', '.join(config.methods)}" if config.lr == 'auto' else f'learning rates: {config.lr}')
     try: result = compare(config, say=progress.say, on_row=progress.row)
     except KeyboardInterrupt:
         partial = (Path(config.out)/'rounds.jsonl').exists()
@@ -142,7 +141,7 @@ def run_report(args: argparse.Namespace) -> int:
     baseline = check_name(args.baseline, rows.method.unique(), 'baseline') if args.baseline else rows.method.iloc[0]
     page = report(args.folder, baseline=baseline)
     show(rows, baseline, args.json)
-    sys.stderr.write(f'report: {page}\n')
+    sys.stderr.write(''.join(f'unfinished: {line}\n' for line in missing(args.folder)) + f'report: {page}\n')
     return 0
 
 # %% ../nbs/90_cli.ipynb #3ae49a14

@@ -155,14 +155,15 @@ def load_state(
     try: return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as e: raise InputError(f'weights file {str(path)!r} is not a whole safetensors file: {e}') from None
 
-# %% ../nbs/00_core.ipynb #a73ca997
+# %% ../nbs/00_core.ipynb #581b5f28
 def pick_device(
     name: str = 'auto', # 'auto', 'cpu', 'cuda' or 'cuda:1'
 ) -> torch.device:
     "The device that `name` stands for; 'auto' is a GPU if there is one. Raises `InputError` for one that is not there."
     if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try: device = torch.device(name)
-    except RuntimeError: raise InputError(f"device {name!r} is not known: use 'auto', 'cpu' or 'cuda'") from None
+    except RuntimeError: device = None
+    if device is None or device.type not in ('cpu', 'cuda'): raise InputError(f"device {name!r} is not known: use 'auto', 'cpu' or 'cuda'")
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name!r} is not on this machine: use 'cpu'")
     return device

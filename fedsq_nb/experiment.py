@@ -7,8 +7,8 @@ __all__ = ['METHODS', 'plain', 'gated', 'no_callbacks', 'proximal', 'Method', 'C
            'read_toml', 'resolve', 'Task', 'load_task', 'gate_probe', 'measure_with', 'run', 'try_rate', 'calibrate',
            'claim', 'append_row', 'write_config', 'partition_card', 'Comparison', 'cpu_threads', 'compare']
 
-# %% ../nbs/70_experiment.ipynb #20c191cd
-import contextlib, dataclasses, json, os, tomllib, typing
+# %% ../nbs/70_experiment.ipynb #af23fc9b
+import contextlib, dataclasses, errno, json, os, tomllib, typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .aggregate import FedAvg
-from .backbones import Format, backbone, image_format, minimum_size
+from .backbones import Format, backbone, check_size, image_format
 from .core import InputError, State, atomic_write, check_name, pick_device, rng, save_state, serialised_bytes, state_hash
 from .data import Batches, Splits, load_data
 from .dualcopy import DualCopy, gate_function
@@ -91,10 +91,11 @@ class Config:
         for f in dataclasses.fields(self): object.__setattr__(self, f.name, coerce(f.name, f.type, getattr(self, f.name)))
         check(self)
 
-# %% ../nbs/70_experiment.ipynb #03ef0ccf
+# %% ../nbs/70_experiment.ipynb #ce971502
 def _scalar(value, kind: type):
     "`value` as an int, float, bool or str; raises `ValueError` when it is something else."
     if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)): return value
+    if kind is str and not isinstance(value, (int, float)): raise ValueError
     if kind is bool: return {'true': True, 'false': False}[str(value).lower()]
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)): raise ValueError
     return kind(value)
@@ -107,7 +108,8 @@ def coerce(
     "Turn a value into a setting's type. Raises `InputError` when it does not fit."
     try:
         if typing.get_origin(kind) is tuple:
-            items = value.split(',') if isinstance(value, str) else list(value)
+            if not isinstance(value, (str, list, tuple)): raise ValueError
+            items = value.split(',') if isinstance(value, str) else value
             return tuple(_scalar(v.strip() if isinstance(v, str) else v, typing.get_args(kind)[0]) for v in items)
         return _scalar(value, kind)
     except (ValueError, TypeError, KeyError, OverflowError):
@@ -172,18 +174,18 @@ def resolve(
     return dataclasses.replace(config, backbone=name, weights=weights, size=config.size or image_format(name).size,
                                batch_size=config.batch_size or (32 if name == 'rescnn' else 64), device=str(pick_device(config.device)))
 
-# %% ../nbs/70_experiment.ipynb #443f417e
+# %% ../nbs/70_experiment.ipynb #137c97dd
 @dataclasses.dataclass(frozen=True)
 class Task:
     "What all runs of a comparison share."
     config: Config # Nothing in it is `auto` any more
     splits: Splits # Training, validation and test images
     form: Format # How images are shown to the network
-    say: Callable[[str], None] = print # Told what a reader should know
+    notes: tuple[str, ...] = () # What a reader should know: layers that start fresh, images left out
 
-    def network(self, seed: int) -> nn.Module: # The pretrained network with the new head of that seed, on the device
+    def network(self, seed: int, say: Callable[[str], None] = lambda note: None) -> nn.Module: # Pretrained, with the new head of that seed, on the device
         c = self.config
-        return backbone(c.backbone, len(self.splits.train.classes), weights=c.weights, head=c.head, bn=c.bn, seed=seed, say=self.say).to(c.device)
+        return backbone(c.backbone, len(self.splits.train.classes), weights=c.weights, head=c.head, bn=c.bn, seed=seed, say=say).to(c.device)
 
     def parts(self, seed: int) -> list[np.ndarray]: # Who owns which training images, in that seed's federation
         c, labels = self.config, self.splits.train.labels.numpy()
@@ -194,22 +196,23 @@ class Task:
         return Batches(getattr(self.splits, what), batch_size=256, size=self.form.size, channels=self.form.channels, mean=self.form.mean,
                        std=self.form.std, device=self.config.device)
 
-# %% ../nbs/70_experiment.ipynb #86bc65c0
+# %% ../nbs/70_experiment.ipynb #e0d1a7e5
 def load_task(
     config: Config, # The settings
-    say: Callable[[str], None] = print, # Told what a reader should know
 ) -> Task:
     "Load and check everything that `config` names. Raises `InputError` for the first thing that cannot be used."
-    config = resolve(config)
+    config, notes = resolve(config), []
     form = image_format(config.backbone)._replace(size=config.size)
-    splits = load_data(config.data, size=config.size, valid_fraction=config.valid_fraction, test_fraction=config.test_fraction,
-                       max_train=config.max_train or None, skip_bad=config.skip_bad)
-    if splits.skipped: say(f'{splits.skipped} unreadable images were left out')
-    task = Task(config, splits, form, say)
-    least = minimum_size(task.network(config.seed), form.channels)
-    if config.size < least: raise InputError(f"size {config.size} is below {config.backbone}'s minimum of {least} pixels: use --size {least} or more")
+    try: splits = load_data(config.data, size=config.size, valid_fraction=config.valid_fraction, test_fraction=config.test_fraction,
+                            max_train=config.max_train or None, skip_bad=config.skip_bad)
+    except PermissionError as e: raise InputError(f'data {config.data!r} cannot be read: {e.strerror}') from None
+    if splits.skipped: notes.append(f'{splits.skipped} unreadable image{"s were" if splits.skipped > 1 else " was"} left out')
+    task = Task(config, splits, form)
     for seed in _seeds(config): task.parts(seed)
-    return dataclasses.replace(task, say=lambda message: None)  # what starts fresh has been said once
+    network = task.network(config.seed, say=notes.append)
+    check_size(network, config.backbone, config.size, form.channels)
+    for method in config.methods: METHODS[method].parametrise(network, config)
+    return dataclasses.replace(task, notes=tuple(notes))
 
 def _seeds(config: Config) -> range: return range(config.seed, config.seed + config.seeds)
 
@@ -287,7 +290,7 @@ def try_rate(
 
 def _merit(row: dict) -> tuple: return (-1., 0.) if row['val_accuracy'] is None else (row['val_accuracy'], -row['val_loss'])
 
-# %% ../nbs/70_experiment.ipynb #62e15559
+# %% ../nbs/70_experiment.ipynb #1bb34d70
 def calibrate(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`
@@ -298,32 +301,41 @@ def calibrate(
     def attempt(lr):
         tried[lr] = try_rate(task, method, lr)
         on_row(tried[lr])
-    def best(): return max(tried, key=lambda lr: _merit(tried[lr]))
+    def best(): return max(tried, key=lambda lr: (_merit(tried[lr]), -lr))  # the lowest, if all diverge
     for lr in sorted(task.config.rates): attempt(lr)
     for _ in range(3):
         if min(tried) < best() < max(tried): break
-        attempt(_next_rate(max(tried), 1) if best() == max(tried) and tried[best()]['state'] == 'ok' else _next_rate(min(tried), -1))
+        attempt(_next_rate(best(), 1) if best() == max(tried) and tried[best()]['state'] == 'ok' else _next_rate(min(tried), -1))
     return best(), [tried[lr] | {'chosen': lr == best()} for lr in sorted(tried)]
 
 def _next_rate(lr: float, step: int) -> float: return float(f'{10**((round(2*np.log10(lr)) + step)/2):.1g}')  # ..., 0.01, 0.03, 0.1, ...
 
-# %% ../nbs/70_experiment.ipynb #828a2511
+# %% ../nbs/70_experiment.ipynb #fa67dcfc
 _FILES = ('config.toml', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html')
 
 def claim(
     out: str | os.PathLike, # The folder
     overwrite: bool = False, # Remove what an earlier run left there?
+    look: bool = False, # Only look whether it could be claimed, and change nothing?
 ) -> Path: # The folder, made if need be
     "Get a folder ready for a run. Raises `InputError` when it holds another run or cannot be written to."
     folder = Path(out)
     try:
+        if look: _check_writable(folder)
         old = [folder/name for name in _FILES if (folder/name).exists()] + sorted((folder/'weights').glob('*.safetensors'))
         if old and not overwrite: raise InputError(f'out {str(out)!r} already holds a run: give another folder, or --overwrite to replace it')
+        if look: return folder
         folder.mkdir(parents=True, exist_ok=True)
         for f in old: f.unlink()
         atomic_write(folder/'.claim', '').unlink()
-    except OSError as e: raise InputError(f'out {str(out)!r} cannot be written to: {e.strerror}') from None
+    except OSError as e: raise InputError(f'out {str(out)!r} cannot be written to: {e.strerror}; give another folder') from None
     return folder
+
+def _check_writable(folder: Path) -> None:
+    "Raise `OSError` if `folder`, or the nearest folder above it that exists, is no folder or cannot be written to."
+    top = next(p for p in [folder, *folder.absolute().parents] if os.path.lexists(p))
+    if not top.is_dir(): raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(top, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 # %% ../nbs/70_experiment.ipynb #f9c663a6
 def append_row(
@@ -366,7 +378,7 @@ def cpu_threads(n: int) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/70_experiment.ipynb #720021d3
+# %% ../nbs/70_experiment.ipynb #0e5658df
 def compare(
     config: Config, # The settings
     *,
@@ -375,9 +387,10 @@ def compare(
 ) -> Comparison:
     "Run every method on every seed. Raises `InputError` before anything is written or trained if a setting cannot be used."
     with cpu_threads(config.threads):
-        if config.out: _unclaimed(config)
-        task = load_task(config, say)
+        if config.out: claim(config.out, config.overwrite, look=True)
+        task = load_task(config)
         folder = claim(config.out, config.overwrite) if config.out else None
+        for note in task.notes: say(note)
         rates, tried = dict(fixed_rates(config)), []
         if folder:
             atomic_write(folder/'partition.json', json.dumps(partition_card(task)))
@@ -386,15 +399,11 @@ def compare(
         rows, weights = _run_all(task, rates, folder, say, on_row)
     return Comparison(task.config, rates, pd.DataFrame(rows), pd.DataFrame(tried), weights, folder)
 
-# %% ../nbs/70_experiment.ipynb #920e8633
-def _unclaimed(config: Config) -> None:
-    "Refuse a folder that holds another run before anything is loaded."
-    folder = Path(config.out)
-    if not config.overwrite and any((folder/name).exists() for name in _FILES): claim(folder)
-
+# %% ../nbs/70_experiment.ipynb #840f4c05
 def _calibrate_all(task: Task, folder: Path | None, say: Callable, on_row: Callable) -> tuple[dict[str, float], list[dict]]:
     "Calibrate every method, and write down what was tried."
     rates, tried = {}, []
+    say('calibrating the learning rate of ' + ', '.join(task.config.methods))
     for method in task.config.methods:
         rates[method], rows = calibrate(task, method, on_row)
         tried += rows

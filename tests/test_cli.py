@@ -154,7 +154,7 @@ def test_no_network(argv, words, refused, monkeypatch, tmp_path_factory):
     (['--device', 'meta'], ("device 'meta'", "'cpu'")),
     (['--backbone', 'alexnet', '--size', '62'], ('size 62', 'alexnet', '63')),
     (['--backbone', 'vgg11', '--size', '31'], ('size 31', 'vgg11', '32')),
-    (['--backbone', 'vit_b_16', '--size', '64'], ('VisionTransformer', '224')),
+    (['--backbone', 'vit_b_16', '--size', '64'], ('size 64', 'vit_b_16', '224')),
     (['--backbone', 'efficientnet_b0', '--size', '32', '--methods', 'fedsq'], ('SiLU', 'DualCopy')),
     (['--weights', 'imagenet'], ("'imagenet'", "'printed'")),
     (['--backbone', 'alexnet', '--weights', 'printed'], ("'printed'", "'alexnet'", "'random'"))])
@@ -257,13 +257,18 @@ def test_one_file_of_a_run_is_enough_to_refuse(name, refused, tmp_path):
 @pytest.mark.parametrize('under', ['', 'deeper'])
 def test_out_is_a_file(under, refused, tmp_path):
     (tmp_path/'taken').write_text('mine')
-    refused([], tmp_path/'taken', 'file', out=tmp_path/'taken'/under)
+    refused([], tmp_path/'taken', 'directory', 'another folder', out=tmp_path/'taken'/under)
+
+@pytest.fixture(scope='module')
+def all_imported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('warm')
+    assert main(['compare', *QUICK, *SMALL, '--data', str(npz(folder/'d.npz', x=x, y=y)), '--out', str(folder/'out')]) == 0
 
 @pytest.fixture
-def not_root(fedsq, tmp_path):
+def not_root(all_imported, tmp_path):
     "Forget root's rights, which no mode of a folder binds; gives a folder that cannot be written to and, with 0o700, not be looked into."
     def lock(mode):
-        assert fedsq('compare', *QUICK, *SMALL, '--data', npz(tmp_path/'d.npz', x=x, y=y), '--out', tmp_path/'warm')[0] == 0  # all is imported now
+        npz(tmp_path/'d.npz', x=x, y=y)
         locked = tmp_path/'locked'
         locked.mkdir(mode=mode)
         for p in (tmp_path, *list(tmp_path.parents)[:2]): os.chmod(p, p.stat().st_mode | 0o055)
@@ -287,6 +292,9 @@ def test_no_write_permission(mode, under, more, fedsq, not_root, tmp_path):
 
 def test_data_without_permission_to_read(fedsq, not_root, tmp_path):
     locked = not_root(0o700)
+    os.seteuid(os.getuid())
+    os.chmod(tmp_path, 0o777)
+    if os.geteuid() == 0: os.seteuid(65534)
     status, printed, err = fedsq('compare', *QUICK, *SMALL, '--data', locked/'pictures', '--out', tmp_path/'out')
     os.seteuid(os.getuid())
     assert status == 2 and printed == '' and err.count('\n') == 1 and str(locked/'pictures') in err and not (tmp_path/'out').exists()
@@ -314,7 +322,7 @@ def test_the_default_job_made_small(fedsq, tmp_path):
     for f in ('partition.json', 'calibration.jsonl', *(f'weights/{p.name}' for p in (tmp_path/'a'/'weights').iterdir())):
         assert (tmp_path/'a'/f).read_bytes() == (tmp_path/'b'/f).read_bytes(), f
     status, later, err = fedsq('report', tmp_path/'a')
-    assert status == 0 and 'not complete' not in err and all(m in text for m in ('fedavg', 'fedprox', 'fedsq'))
+    assert status == 0 and 'unfinished' not in err and all(m in text for m in ('fedavg', 'fedprox', 'fedsq'))
     hashes = [re.findall(r'^Final weights: ([0-9a-f]{16})$', t, re.M) for t in (text, later)]
     assert hashes[0] == hashes[1] and len(hashes[0]) == 1
     status, printed, _ = fedsq('report', tmp_path/'a', '--json', '--baseline', 'fedsq')
@@ -361,6 +369,7 @@ def test_a_folder_of_pictures_with_a_test_part(argv, fedsq, tmp_path):
 def test_arrays_in_colour_and_grey(arrays, argv, fedsq, tmp_path):
     status, _, err = fedsq('compare', *QUICK, *argv, '--data', npz(tmp_path/'d.npz', **arrays), '--out', tmp_path/'out')
     assert status == 0 and all(r['state'] == 'ok' and r['clients_failed'] == 0 for r in rows_of(tmp_path/'out')), err
+    assert err.count('all layers start from random weights') == 1
 
 # ---- help, and stopping
 
@@ -402,5 +411,5 @@ def test_ctrl_c(fedsq, tmp_path):
     assert p.returncode == 130 and printed == '' and 'Traceback' not in err and str(out) in err.splitlines()[-1]
     assert len(rows_of(out)) >= 4
     status, printed, err = fedsq('report', out)
-    assert status == 0 and 'fedavg' in printed and 'of 100000 rounds' in err
+    assert status == 0 and 'fedavg' in printed and 'unfinished: fedavg, seed 0' in err and 'of 100000 rounds' in err
     assert 'not complete' in (out/'report.html').read_text()

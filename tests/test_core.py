@@ -132,14 +132,14 @@ def test_a_saved_state_comes_back_to_the_bit_and_has_the_announced_length(tmp_pa
     assert state_hash(load_state(path)) == state_hash(state)
     assert path.stat().st_size == serialised_bytes(state)
 
-def test_tied_and_strided_tensors_can_be_saved():
-    "safetensors refuses memory that is shared or not contiguous; a network's `state_dict` has both."
+def test_a_copy_shares_no_memory_even_where_the_original_does():
     t = torch.arange(6.).reshape(2, 3)
     state = {'a': t, 'tied': t, 'turned': t.T, 'part': t[:, 1]}
     for k, v in copy_state(state).items(): assert torch.equal(v, state[k])
     assert len({v.data_ptr() for v in copy_state(state).values()}) == 4
 
 def test_tied_and_strided_tensors_make_a_file(tmp_path):
+    "safetensors alone refuses memory that is shared or not contiguous; a network's `state_dict` can have both."
     t = torch.arange(6.).reshape(2, 3)
     state = {'a': t, 'tied': t, 'turned': t.T}
     assert state_hash(load_state(save_state(tmp_path/'w', state))) == state_hash(state)

@@ -95,7 +95,7 @@ def test_the_test_part_influences_nothing(calibration, monkeypatch):
     assert a.rates == b.rates and a.calibration.equals(b.calibration) and hashes(a) == hashes(b)
 
 def test_calibration_never_looks_at_the_test_part_or_at_the_seeds_of_the_comparison(monkeypatch):
-    task = E.load_task(Config(**TINY), quiet)
+    task = E.load_task(Config(**TINY))
     batches, run, seeds = E.Task.batches, E.run, []
     def guarded(self, what): return batches(self, what) if what == 'valid' else pytest.fail('calibration read the test part')
     def noted(task, method, seed, lr, **kwargs): seeds.append(seed); return run(task, method, seed, lr, **kwargs)
@@ -110,7 +110,7 @@ def test_a_trial_is_the_mean_of_each_seeds_best_round_on_validation(monkeypatch)
     row = lambda t, acc, loss: dict(round=t, val_accuracy=acc, val_loss=loss, state='ok')
     runs = iter([[row(0, .9, .1), row(1, .4, .9), row(2, .6, .8), row(3, .5, .2)], [row(0, 0., 3.), row(1, .7, .5), row(2, .7, .3), row(3, .7, .4)]])
     monkeypatch.setattr(E, 'run', lambda *a, **k: type('', (), {'rows': next(runs)}))
-    got = E.try_rate(E.load_task(Config(**TINY), quiet), 'fedavg', .02)
+    got = E.try_rate(E.load_task(Config(**TINY)), 'fedavg', .02)
     assert got == dict(method='fedavg', lr=.02, round=2., val_accuracy=pytest.approx(.65), val_loss=pytest.approx(.55), state='ok')
 
 # ---- the search, on formulas
@@ -161,7 +161,7 @@ def test_equal_accuracies_are_told_apart_by_loss():
         assert calibrate(type('', (), {'config': Config()}), 'fedsq')[0] == .01
 
 def test_a_rate_that_diverges_on_one_seed_is_out(monkeypatch):
-    task, runs = E.load_task(Config(**TINY), quiet), []
+    task, runs = E.load_task(Config(**TINY)), []
     def run(*args, **kwargs):
         bad = bool(runs)
         runs.append(type('', (), {'rows': [dict(round=t, val_accuracy=None if bad and t else .9, val_loss=.1, state='diverged' if bad and t else 'ok') for t in (0, 1)]}))

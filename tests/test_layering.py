@@ -82,4 +82,4 @@ def test_one_version_number():
     ini.read(top/'settings.ini')
     import fedsq_nb
     assert fedsq_nb.__version__ == ini['DEFAULT']['version']
-    assert [p.name for p in top.rglob('*.py') if 'build' not in p.parts and '__version__ =' in p.read_text()] == ['__init__.py']
+    assert [p.name for p in top.rglob('*.py') if 'build' not in p.parts and re.search(r'(?m)^__version__ *=', p.read_text())] == ['__init__.py']
