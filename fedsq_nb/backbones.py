@@ -135,7 +135,7 @@ def new_head(
     with seeded(seed, 'head'): model.set_submodule(name, nn.Linear(width, n_classes))
     return model
 
-# %% ../nbs/35_backbones.ipynb #95d4eb5f
+# %% ../nbs/35_backbones.ipynb #80b7c207
 def load_weights(
     model: nn.Module, # The network, changed in place
     path: str | os.PathLike, # A safetensors file with the network's own tensor names
@@ -147,6 +147,7 @@ def load_weights(
     optional = head.split('.')[0] + '.'
     wrong = [f'{k} is not in the network' for k in given if k not in own]
     wrong += [f'{k} has shape {tuple(v.shape)}, not {tuple(own[k].shape)}' for k, v in given.items() if k in own and v.shape != own[k].shape]
+    wrong += [f'{k} holds values that are not finite' for k, v in given.items() if not v.isfinite().all()]
     wrong += [f'{k} is missing' for k in fresh if not k.startswith(optional) and not k.endswith('num_batches_tracked')]
     if wrong:
         raise InputError(f'weights file {str(path)!r} does not fit {type(model).__name__}: {"; ".join(wrong[:3])}'

@@ -91,11 +91,11 @@ class Config:
         for f in dataclasses.fields(self): object.__setattr__(self, f.name, coerce(f.name, f.type, getattr(self, f.name)))
         check(self)
 
-# %% ../nbs/70_experiment.ipynb #ce971502
+# %% ../nbs/70_experiment.ipynb #a33b79e1
 def _scalar(value, kind: type):
     "`value` as an int, float, bool or str; raises `ValueError` when it is something else."
     if isinstance(value, kind) and not (kind is not bool and isinstance(value, bool)): return value
-    if kind is str and not isinstance(value, (int, float)): raise ValueError
+    if kind is str and not isinstance(value, (int, float, os.PathLike)): raise ValueError
     if kind is bool: return {'true': True, 'false': False}[str(value).lower()]
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)): raise ValueError
     return kind(value)
@@ -116,7 +116,7 @@ def coerce(
         wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}.get(kind, 'a list')
         raise InputError(f'{name} {value!r} is not {wanted}') from None
 
-# %% ../nbs/70_experiment.ipynb #b9530bfb
+# %% ../nbs/70_experiment.ipynb #c0dd73b9
 _AT_LEAST = {'clients': 1, 'per_round': 0, 'min_size': 1, 'rounds': 1, 'local_epochs': 1, 'batch_size': 0, 'calibration_rounds': 0, 'calibration_seeds': 1,
              'seeds': 1, 'seed': 0, 'max_train': 0, 'threads': 1, 'size': 0, 'momentum': 0., 'weight_decay': 0., 'mu': 0.}
 _CHOICES = {'head': ('stock', 'light'), 'bn': ('frozen', 'train'), 'pool': ('structural', 'max'), 'partition': ('dirichlet', 'iid'),
@@ -129,6 +129,7 @@ def check(
     for name, low in _AT_LEAST.items():
         value = getattr(config, name)
         if not low <= value < float('inf'): raise InputError(f'{name} {value!r} must be {low} or more')
+    if config.size > 4096: raise InputError(f'size {config.size} must be 4096 pixels or less')
     for name, valid in _CHOICES.items(): check_name(getattr(config, name), valid, name)
     for name in config.methods: check_name(name, METHODS, 'method')
     if not config.methods or len(set(config.methods)) < len(config.methods): raise InputError(f'methods {config.methods!r} must name each method once')
@@ -216,7 +217,7 @@ def load_task(
 
 def _seeds(config: Config) -> range: return range(config.seed, config.seed + config.seeds)
 
-# %% ../nbs/70_experiment.ipynb #73bb137f
+# %% ../nbs/70_experiment.ipynb #940c4039
 def gate_probe(
     model: nn.Module, # A plain network or a `DualCopy`, at the start of its run
     x: torch.Tensor, # Probe images (b, c, h, w)
@@ -225,7 +226,8 @@ def gate_probe(
     if isinstance(model, DualCopy):
         fixed = model.gates(x)
         return lambda: disagreement(fixed, model.eval().own_gates(x, fixed))
-    gates = gate_function(model.eval())
+    try: gates = gate_function(model.eval())
+    except InputError: return lambda: {}  # a network that has no rule for its gates can be trained all the same, though not by FedSQ
     start = gates(model, x)
     return lambda: disagreement(start, gates(model.eval(), x))
 
@@ -310,7 +312,7 @@ def calibrate(
 
 def _next_rate(lr: float, step: int) -> float: return float(f'{10**((round(2*np.log10(lr)) + step)/2):.1g}')  # ..., 0.01, 0.03, 0.1, ...
 
-# %% ../nbs/70_experiment.ipynb #fa67dcfc
+# %% ../nbs/70_experiment.ipynb #cb4ba2e4
 _FILES = ('config.toml', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html')
 
 def claim(
@@ -326,8 +328,8 @@ def claim(
         if old and not overwrite: raise InputError(f'out {str(out)!r} already holds a run: give another folder, or --overwrite to replace it')
         if look: return folder
         folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder/'.claim', '').unlink()  # before anything is removed
         for f in old: f.unlink()
-        atomic_write(folder/'.claim', '').unlink()
     except OSError as e: raise InputError(f'out {str(out)!r} cannot be written to: {e.strerror}; give another folder') from None
     return folder
 

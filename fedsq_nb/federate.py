@@ -100,7 +100,7 @@ def keep(self: Federation, row: dict) -> None:
     self.rows.append(row)
     self.on_row(row)
 
-# %% ../nbs/60_federate.ipynb #cd7a03e7
+# %% ../nbs/60_federate.ipynb #dbbabc1b
 @patch
 def collect(self: Federation,
     round: int, # Which round
@@ -109,8 +109,9 @@ def collect(self: Federation,
     "Have the clients trained and part the good updates from the others."
     done = dict(self.execute(self.train, self.state, clients, round))
     arrived = [u for u in done.values() if isinstance(u, Update)]
-    broken = [{'client': c, 'reason': f'{type(e).__name__}: {e}'} for c, e in done.items() if not isinstance(e, Update)]
-    good, refused = sift(arrived, self.state, round=round)
+    broken = [{'client': c, 'reason': f'{type(u).__name__}: {u}' if not isinstance(u, Update) else f'sent in the name of client {u.client}'}
+              for c, u in done.items() if not isinstance(u, Update) or u.client != c]
+    good, refused = sift([u for c, u in done.items() if isinstance(u, Update) and u.client == c], self.state, round=round)
     return good, sorted(broken + refused, key=lambda f: f['client']), sum(serialised_bytes(u.state) for u in arrived)
 
 # %% ../nbs/60_federate.ipynb #e0270218

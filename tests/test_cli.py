@@ -371,6 +371,12 @@ def test_arrays_in_colour_and_grey(arrays, argv, fedsq, tmp_path):
     assert status == 0 and all(r['state'] == 'ok' and r['clients_failed'] == 0 for r in rows_of(tmp_path/'out')), err
     assert err.count('all layers start from random weights') == 1
 
+def test_a_network_that_cannot_be_gated_runs_without_fedsq_and_is_refused_with_it(fedsq, refused, tmp_path):
+    net = ['--backbone', 'shufflenet_v2_x0_5', '--size', '32']
+    refused([*net, '--methods', 'fedavg,fedsq'], 'DualCopy has no rule for')
+    status, _, err = fedsq('compare', *QUICK, *net, '--out', tmp_path/'out')
+    assert status == 0 and [r['gate_disagreement'] for r in rows_of(tmp_path/'out')] == [{}, {}], err
+
 # ---- help, and stopping
 
 def test_help_names_every_option(capsys):

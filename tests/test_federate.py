@@ -150,3 +150,12 @@ def test_sampling_does_not_depend_on_what_happened_before():
 @pytest.mark.parametrize('per_round', [0, -1, 6])
 def test_more_clients_than_there_are(per_round):
     with pytest.raises(InputError, match=f'per_round {per_round} must be from 1 to the 5 clients'): sample_clients(5, per_round, seed=0, round=1)
+
+
+def test_nobody_sends_in_the_name_of_another():
+    "An update that carries another client's id is left out, and the one in whose name it came is heard all the same."
+    def train(state, client, round): return Update(0 if client == 2 else client, round, {'w': state['w'] + client}, 1, {'train_loss': 0.})
+    fed = Federation({'w': torch.zeros(1)}, 3, train)
+    row = fed.fit(1).iloc[-1]
+    assert row.failures == [{'client': 2, 'reason': 'sent in the name of client 0'}]
+    assert torch.equal(fed.state['w'], torch.tensor([0.5]))
