@@ -221,11 +221,11 @@ def _verdict(line: pd.Series, other: str) -> str:
     return (f'{line.method} against {other}, paired over {_count(line.pairs, "seed")}: {_difference(line, "diff_val")}; {judged}. '
             f'On test, at the rounds that validation chose: {_difference(line, "diff_test")}.')
 
-# %% ../nbs/80_report.ipynb #6b2c28fc
+# %% ../nbs/80_report.ipynb #8a95c981
 def headline(
     rows: DataFrame, # Rows of a run
     baseline: str = 'fedavg', # The method that others are held against
-) -> str: # Two or three sentences of plain text
+) -> str: # Plain text: who is highest, and each method against the baseline
     "The finding of a run in words, and how far it can be trusted."
     s = summary(rows, baseline)
     ranked = s[s.best_val.notna()].sort_values('best_val', ascending=False, kind='stable')
@@ -235,7 +235,7 @@ def headline(
     said = [f'{top.method} reaches the highest best validation accuracy, {100 * top.best_val:.1f}%.' if len(ranked) > 1
             else f'{top.method} reaches a best validation accuracy of {100 * top.best_val:.1f}%; there is no other method to rank.']
     if baseline not in set(ranked.method): said += [f'There is no mean of {baseline} to compare with.'] * (len(ranked) > 1)
-    elif len(ranked) > 1: said.append(_verdict(top if top.method != baseline else ranked.iloc[1], baseline))
+    else: said += [_verdict(line, baseline) for _, line in ranked[ranked.method != baseline].iterrows()]
     return ' '.join(said + lost)
 
 # %% ../nbs/80_report.ipynb #60066a2a
@@ -364,7 +364,7 @@ def _json(path: Path) -> dict:
     try: return json.loads(path.read_bytes())
     except ValueError: raise InputError(f'{path.name} cannot be read: it is not JSON') from None
 
-# %% ../nbs/80_report.ipynb #924ae54f
+# %% ../nbs/80_report.ipynb #391fd6f0
 def partition_maps(
     folder: str | os.PathLike, # A run folder
 ) -> Figure: # Clients x classes, one map per seed, three at most
@@ -373,7 +373,7 @@ def partition_maps(
     counts = {s: np.asarray(c) for s, c in saved.get('counts', {}).items()}
     if not counts: raise InputError('partition.json holds no counts')
     shown = list(counts.items())[:3]
-    fig = Figure(figsize=(9.6 if len(shown) > 1 else 5, 4.2), dpi=72, layout='constrained')
+    fig = Figure(figsize=(9.6, 4.2), dpi=72, layout='constrained')
     for ax, (seed, c) in zip(fig.subplots(1, len(shown), squeeze=False)[0], shown): heat_map(c, saved.get('classes'), ax=ax, title=f'seed {seed}')
     held = [(c > 0).sum(axis=1).mean() for c in counts.values()]
     fig.suptitle(f'a client holds images of {np.mean(held):.1f} of {c.shape[1]} classes on average', x=.01, ha='left')
