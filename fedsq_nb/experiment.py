@@ -29,9 +29,9 @@ from .gates import disagreement
 from .learner import FedProx, LocalTraining, constant_state, evaluate, shared_state, trained_copy
 from .partition import class_counts, dirichlet, iid, partition_hash
 
-# %% ../nbs/70_experiment.ipynb #abd94df5
+# %% ../nbs/70_experiment.ipynb #d2afce94
 def plain(model: nn.Module, config: 'Config') -> nn.Module: return model
-def gated(model: nn.Module, config: 'Config') -> nn.Module: return DualCopy(model, pool=config.pool)
+def gated(model: nn.Module, config: 'Config') -> nn.Module: return DualCopy(model, pool=config.pool, plain=config.plain_sites)
 def no_callbacks(config: 'Config') -> list: return []
 def proximal(config: 'Config') -> list: return [FedProx(config.mu)]
 
@@ -44,7 +44,7 @@ class Method:
 
 METHODS = {'fedavg': Method(), 'fedprox': Method(callbacks=proximal), 'fedsq': Method(parametrise=gated)}
 
-# %% ../nbs/70_experiment.ipynb #3a5dd551
+# %% ../nbs/70_experiment.ipynb #3b5c868d
 def _opt(default, help: str): return dataclasses.field(default=default, metadata={'help': help})
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Config:
     size: int = _opt(0, 'Side of the images in pixels; 0: 16 for rescnn, else 64')
     bn: str = _opt('frozen', 'Batch-norm statistics in training, for every method alike: frozen or train')
     pool: str = _opt('structural', 'Max pooling in FedSQ: structural or max')
+    plain_sites: str = _opt('', 'FedSQ: sites that keep deciding for themselves, as a shell pattern such as classifier*')
     methods: tuple[str, ...] = _opt(('fedavg', 'fedprox', 'fedsq'), 'Methods to compare, the first is the baseline')
     clients: int = _opt(10, 'Clients that share the training images')
     per_round: int = _opt(0, 'Clients in each round; 0: all')
@@ -175,7 +176,7 @@ def resolve(
     return dataclasses.replace(config, backbone=name, weights=weights, size=config.size or image_format(name).size,
                                batch_size=config.batch_size or (32 if name == 'rescnn' else 64), device=str(pick_device(config.device)))
 
-# %% ../nbs/70_experiment.ipynb #137c97dd
+# %% ../nbs/70_experiment.ipynb #bb76aa45
 @dataclasses.dataclass(frozen=True)
 class Task:
     "What all runs of a comparison share."
@@ -189,7 +190,7 @@ class Task:
         return backbone(c.backbone, len(self.splits.train.classes), weights=c.weights, head=c.head, bn=c.bn, seed=seed, say=say).to(c.device)
 
     def parts(self, seed: int) -> list[np.ndarray]: # Who owns which training images, in that seed's federation
-        c, labels = self.config, self.splits.train.labels.numpy()
+        c, labels = self.config, self.splits.train.labels.cpu().numpy()
         if c.partition == 'iid': return iid(labels, c.clients, seed=seed)
         return dirichlet(labels, c.clients, c.alpha, min_size=c.min_size, seed=seed)
 
@@ -197,7 +198,7 @@ class Task:
         return Batches(getattr(self.splits, what), batch_size=256, size=self.form.size, channels=self.form.channels, mean=self.form.mean,
                        std=self.form.std, device=self.config.device)
 
-# %% ../nbs/70_experiment.ipynb #e0d1a7e5
+# %% ../nbs/70_experiment.ipynb #53c24965
 def load_task(
     config: Config, # The settings
 ) -> Task:
@@ -208,9 +209,12 @@ def load_task(
                             max_train=config.max_train or None, skip_bad=config.skip_bad)
     except PermissionError as e: raise InputError(f'data {config.data!r} cannot be read: {e.strerror}') from None
     if splits.skipped: notes.append(f'{splits.skipped} unreadable image{"s were" if splits.skipped > 1 else " was"} left out')
+    splits = dataclasses.replace(splits, **{part: getattr(splits, part).to(config.device) for part in ('train', 'valid', 'test')})
     task = Task(config, splits, form)
     for seed in _seeds(config): task.parts(seed)
     network = task.network(config.seed, say=notes.append)
+    if any('random weights' in n for n in notes) and 'fedsq' in config.methods:
+        notes.append('fedsq: gates of layers that start from random weights were never learned; --plain-sites leaves such layers ungated, --head light has none')
     check_size(network, config.backbone, config.size, form.channels)
     for method in config.methods: METHODS[method].parametrise(network, config)
     return dataclasses.replace(task, notes=tuple(notes))
@@ -347,7 +351,7 @@ def append_row(
     "Append one line of JSON in a single write."
     with open(path, 'ab', buffering=0) as f: f.write(json.dumps(row).encode() + b'\n')
 
-# %% ../nbs/70_experiment.ipynb #27dad6fd
+# %% ../nbs/70_experiment.ipynb #da765f72
 def write_config(folder: Path, config: Config, rates: dict[str, float]) -> None:
     "Write every setting, and the rates chosen so far."
     atomic_write(folder/'config.toml', tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
@@ -355,7 +359,7 @@ def write_config(folder: Path, config: Config, rates: dict[str, float]) -> None:
 
 def partition_card(task: Task) -> dict:
     "Counts by client and class, and a fingerprint, for every seed."
-    labels, classes = task.splits.train.labels.numpy(), task.splits.train.classes
+    labels, classes = task.splits.train.labels.cpu().numpy(), task.splits.train.classes
     parts = {str(s): task.parts(s) for s in _seeds(task.config)}
     return {'classes': list(classes), 'counts': {s: class_counts(labels, p, len(classes)).tolist() for s, p in parts.items()},
             'hash': {s: partition_hash(p) for s, p in parts.items()}}
