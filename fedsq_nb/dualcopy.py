@@ -167,7 +167,7 @@ class DualCopy(nn.Module):
     def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor: # `gates` from an earlier `dc.gates(x)` saves the structural pass
         return self._forward[self.training](self.quantitative, x, self.gates(x) if gates is None else gates)
 
-# %% ../nbs/31_dualcopy.ipynb #2c19c328
+# %% ../nbs/31_dualcopy.ipynb #18054406
 @patch
 def _compile(self: DualCopy) -> None:
     "Trace the quantitative copy and make its functions."
@@ -176,9 +176,10 @@ def _compile(self: DualCopy) -> None:
         units = {n.name: u for n in graph.nodes if (u := unit_of(n, self.quantitative))}
         return graph, {name: u for name, u in units.items() if not fnmatch.fnmatchcase(name, self.plain)
                        and (self.pool == 'structural' or u.gate is not pool_gate)}
-    self._forward = {mode: to_function(rewrite(*traced(mode), given=True, collect=False)) for mode in (True, False)}
-    self._gates = to_function(rewrite(*traced(False), given=False, collect=True))
-    self._own = to_function(rewrite(*traced(False), given=True, collect=True))
+    in_mode = {training: traced(training) for training in (True, False)}
+    self._forward = {training: to_function(rewrite(*t, given=True, collect=False)) for training, t in in_mode.items()}
+    self._gates = to_function(rewrite(*in_mode[False], given=False, collect=True))
+    self._own = to_function(rewrite(*in_mode[False], given=True, collect=True))
 
 @patch
 def __getstate__(self: DualCopy) -> dict:
