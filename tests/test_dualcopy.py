@@ -144,7 +144,7 @@ def test_open_gates_everywhere_give_the_linear_network(seed):
         net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU6(), nn.Linear(5, 3)).double()
         x = torch.randn(3, 4, dtype=torch.float64)
     dc = perturbed(DualCopy(net), seed)
-    gates = {'_1': torch.ones(3, 6, dtype=torch.bool), '_3': torch.ones(3, 5, dtype=torch.uint8)}
+    gates = {'1': torch.ones(3, 6, dtype=torch.bool), '3': torch.ones(3, 5, dtype=torch.uint8)}
     assert {k: v.shape for k, v in dc.gates(x).items()} == {k: v.shape for k, v in gates.items()}
     linear = nn.Sequential(*[m for m in dc.quantitative if isinstance(m, nn.Linear)])
     with torch.no_grad(): torch.testing.assert_close(dc(x, gates), linear(x), rtol=1e-12, atol=1e-12)
@@ -238,14 +238,28 @@ def test_functional_forms_keep_their_settings():
 
 
 class Product(nn.Module):
-    def forward(self, x): return x * torch.sigmoid(x)
+    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+    def forward(self, x): return self.a(x) * self.b(x)
 
 
-@pytest.mark.parametrize('net,word', [(Product(), 'sigmoid'), (nn.Sequential(nn.Linear(2, 2), nn.GELU()), 'GELU'), (nn.Sequential(nn.Softmax(1)), 'Softmax'),
-                                      (nn.Sequential(nn.LayerNorm(2)), 'LayerNorm')])
+class Quotient(Product):
+    def forward(self, x): return x / self.a(x)
+
+
+class Of(nn.Module):
+    "A linear layer and a function."
+    def __init__(self, f): super().__init__(); self.a, self.f = nn.Linear(2, 2), f
+    def forward(self, x): return self.f(self.a(x))
+
+
+@pytest.mark.parametrize('net,word', [
+    (Product(), 'product of two trained factors'), (Quotient(), 'product of two trained factors'), (Of(nn.Softsign()), 'Softsign'), (Of(F.softsign), 'softsign'),
+    (Of(torch.abs), 'abs'), (Of(lambda x: x.exp()), 'exp'), (Of(lambda x: x.max()), 'max'), (Of(lambda x: x ** 2), 'pow'), (Of(lambda x: 1 / x), 'div|reciprocal'),
+    (Of(nn.LogSoftmax(1)), 'LogSoftmax'), (Of(lambda x: F.log_softmax(x, 1)), 'log_softmax'), (Of(torch.sort), 'sort')])
 def test_an_operation_without_a_rule_stops_the_conversion(net, word):
-    "Nothing that is not affine passes silently; the error names the operation."
-    with pytest.raises(InputError, match=word): DualCopy(net)
+    "Nothing that is not affine passes silently; the error names the operation, its node and the option."
+    with pytest.raises(InputError, match=f"({word}).*node.*unknown='plain'"): DualCopy(net)
+    assert isinstance(DualCopy(net, unknown='plain'), DualCopy)
 
 
 def test_shared_modules_stay_shared():
