@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FROZEN_KINDS', 'Block', 'ResCNN', 'Format', 'image_format', 'minimum_size', 'check_size', 'head_name', 'new_head',
-           'load_weights', 'FrozenBatchNorm1d', 'FrozenBatchNorm2d', 'FrozenBatchNorm3d', 'freeze_statistics',
+           'load_weights', 'FrozenBatchNorm1d', 'FrozenBatchNorm2d', 'FrozenBatchNorm3d', 'freeze_statistics', 'freeze',
            'pretrain', 'printed_weights', 'accuracy', 'architecture', 'backbone']
 
-# %% ../nbs/35_backbones.ipynb #7144b847
+# %% ../nbs/35_backbones.ipynb #7109945c
 import contextlib, copy, functools, os, sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from urllib.error import URLError
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .core import InputError, State, check_name, copy_state, load_state, rng, seeded
 from .data import Batches, ImageSet, printed
+from .dualcopy import frozen_names
 
 # %% ../nbs/35_backbones.ipynb #72847bf4
 class Block(nn.Module):
@@ -168,21 +169,33 @@ class FrozenBatchNorm3d(nn.BatchNorm3d):
     "A batch norm that uses its stored statistics in training too."
     def train(self, mode: bool = True): return super().train(False)
 
-# %% ../nbs/35_backbones.ipynb #d3b41d98
+# %% ../nbs/35_backbones.ipynb #1d75b167
 _FROZEN = {nn.BatchNorm1d: FrozenBatchNorm1d, nn.BatchNorm2d: FrozenBatchNorm2d, nn.BatchNorm3d: FrozenBatchNorm3d}
 FROZEN_KINDS = tuple(_FROZEN.values())  # batch norms whose statistics never change
 
 def freeze_statistics(
     model: nn.Module, # The network, changed in place
+    within: Sequence[str] | None = None, # Names of modules to look into; by default all
 ) -> nn.Module: # `model`
     "Make every batch norm of `model` use its stored statistics, in training too."
     made = {}
     for name, m in list(model.named_modules(remove_duplicate=False)):
-        if type(m) not in _FROZEN: continue
+        if type(m) not in _FROZEN or within is not None and not any(f'{name}.'.startswith(f'{w}.') for w in within): continue
         if m not in made:
             made[m] = _FROZEN[type(m)](m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats)
             made[m].load_state_dict(m.state_dict())
         model.set_submodule(name, made[m].eval())
+    return model
+
+# %% ../nbs/35_backbones.ipynb #c4342756
+def freeze(
+    model: nn.Module, # The network, changed in place
+    what: str | int, # 'features.0-5', 'conv1,bn1,layer1', or a number of blocks; '' for none
+) -> nn.Module: # `model`
+    "Keep some layers as they are. Raises `InputError` for a name that is none."
+    names = frozen_names(model, what)
+    freeze_statistics(model, names)
+    for name in names: model.get_submodule(name).requires_grad_(False)
     return model
 
 # %% ../nbs/35_backbones.ipynb #0d9d7efe
@@ -243,7 +256,7 @@ def architecture(
     except (URLError, OSError) as e:
         raise InputError(f"weights='imagenet': the weights of {name} could not be downloaded ({e}); give a safetensors file or 'random'") from None
 
-# %% ../nbs/35_backbones.ipynb #e14bbb01
+# %% ../nbs/35_backbones.ipynb #11ea88c2
 def backbone(
     name: str, # 'rescnn' or a torchvision classification net: 'alexnet', 'resnet18', 'mobilenet_v2'
     n_classes: int, # Classes of the target task
@@ -251,6 +264,7 @@ def backbone(
     weights: str = 'imagenet', # 'imagenet', 'printed', 'random' or the path of a safetensors file
     head: str = 'stock', # 'stock' replaces the last layer, 'light' the whole classifier by one linear layer
     bn: str = 'frozen', # Batch-norm statistics in training: 'frozen' or 'train'
+    frozen: str | int = '', # Layers that are not trained, as in `freeze`
     seed: int = 0, # Seed of whatever starts fresh
     say: Callable[[str], None] = print, # Told which layers start fresh
 ) -> nn.Module: # The network, in evaluation mode
@@ -267,4 +281,4 @@ def backbone(
     model = new_head(model, n_classes, seed, light=head == 'light')
     fresh = sorted({k.rpartition('.')[0] for k in fresh} & {n for n, _ in model.named_modules()})
     if fresh: say(f"{name}: {', '.join(fresh)} are not in {weights} and start from random weights")
-    return (freeze_statistics(model) if bn == 'frozen' else model).eval()
+    return freeze(freeze_statistics(model) if bn == 'frozen' else model, frozen).eval()

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'LETTERS', 'ImageSet', 'from_arrays', 'Splits', 'share', 'hold_out', 'thin', 'split', 'load_data', 'printed',
-           'contact_sheet', 'batch_bounds', 'Batches']
+           'contact_sheet', 'batch_bounds', 'Augment', 'shift', 'Batches']
 
-# %% ../nbs/10_data.ipynb #efbf651b
+# %% ../nbs/10_data.ipynb #7cacbd96
 import contextlib, functools, itertools, sys, zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -442,10 +443,43 @@ def _per_channel(name: str, v: float | Sequence[float], channels: int, device: s
     if len(t) not in (1, channels): raise InputError(f'{name} must be one number or one for each of the {channels} channels, got {len(t)}')
     return t.expand(channels, 1, 1)
 
-# %% ../nbs/10_data.ipynb #8f154497
+# %% ../nbs/10_data.ipynb #415d2b2c
+@dataclass(frozen=True)
+class Augment:
+    "How training images vary."
+    flip: bool = False # Mirror with probability 1/2
+    crop: int = 0 # Shift by up to so many pixels each way; what comes in from outside is black
+    views: int = 0 # Fixed pictures of each image; 0: free, or the two mirror images
+    seed: int = 0 # Names the stream that draws the fixed pictures
+
+    @property
+    def fixed(self) -> int: return self.views or (0 if self.crop else 1 + self.flip)  # pictures of an image; 0 when they are without number
+
+    def _draw(self, gen: np.random.Generator, *shape: int) -> np.ndarray: # int64 (*shape, 3): shift down, shift right, mirrored
+        shift = gen.integers(-self.crop, self.crop + 1, (*shape, 2)) if self.crop else np.zeros((*shape, 2), np.int64)
+        return np.concatenate([shift, (gen.random((*shape, 1)) < 0.5 if self.flip else np.zeros((*shape, 1))).astype(np.int64)], -1)
+
+    @functools.lru_cache(maxsize=4)
+    def pictures(self, n: int) -> np.ndarray: # int64 (n, fixed, 3)
+        "The fixed pictures of `n` images."
+        if self.views: return self._draw(rng(self.seed, 'views'), n, self.views)
+        return np.broadcast_to(np.eye(3, dtype=np.int64)[[0, 2]][:self.fixed] * [[0, 0, 1]], (n, self.fixed, 3))
+
+# %% ../nbs/10_data.ipynb #ce8df877
+def shift(
+    x: Tensor, # Images (b, c, h, w)
+    by: Tensor, # int64 (b, 2): pixels down and right
+) -> Tensor: # The same shape; what comes in from outside is 0
+    "Move each image by its own number of pixels."
+    p = int(by.abs().max())
+    if p == 0: return x
+    b, h, w = torch.arange(len(x), device=x.device), torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
+    rows, cols = h + p - by[:, :1], w + p - by[:, 1:]
+    return F.pad(x, (p,)*4)[b[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+# %% ../nbs/10_data.ipynb #10eaede0
 class Batches:
-    "Batches `(x, y)` of some of the images: `x` float32 (b, channels, size, size), `y` int64 (b,)."
-    n_inp = 1 # of the tuple, how many are the network's input
+    "Batches `(x, y)` of some of the images, or `(x, gates, y)`: `x` float32 (b, channels, size, size), `y` int64 (b,)."
 
     def __init__(self,
         data: ImageSet, # All images; move them once with `data.to(device)` when many clients share them on a GPU
@@ -457,13 +491,17 @@ class Batches:
         mean: float | Sequence[float], # Of each channel, on the scale 0 to 1
         std: float | Sequence[float], # Of each channel, on the scale 0 to 1
         shuffle: np.random.Generator | None = None, # A new order in every epoch; by default the order of `index`
-        flip: np.random.Generator | None = None, # Mirrors each image with probability 1/2
+        augment: Augment | None = None, # How images vary; by default they do not
+        draws: np.random.Generator | None = None, # Draws what `augment` leaves open, anew in every epoch
+        gates: Any = None, # Stored gates, with `fetch(image, picture)`; batches are then `(x, gates, y)`
         device: str | torch.device = 'cpu', # Where to compute
     ):
         self.dataset = np.arange(len(data)) if index is None else _check_index(index, len(data))
         if not isinstance(batch_size, Integral) or batch_size < 1: raise InputError(f'batch_size {batch_size!r} must be a whole number, at least 1')
         self.images, self.labels = data.images.to(device), data.labels.to(device)
-        self.bs, self.size, self.channels, self.shuffle, self.flip, self.device = batch_size, size, channels, shuffle, flip, device
+        if augment and not draws: raise InputError('augment needs draws, a random stream')
+        self.bs, self.size, self.channels, self.shuffle, self.device = batch_size, size, channels, shuffle, device
+        self.augment, self.draws, self.gates, self.n_inp = augment or Augment(), draws, gates, 1 if gates is None else 2
         self.mean, self.std = _per_channel('mean', mean, channels, device), _per_channel('std', std, channels, device)
         self.luma = torch.tensor(_LUMA, device=device).reshape(3, 1, 1)
 
@@ -485,14 +523,34 @@ def prepare(self: Batches,
         x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)
     return (x - self.mean) / self.std
 
-# %% ../nbs/10_data.ipynb #ae10bf5f
+# %% ../nbs/10_data.ipynb #7974b005
 @patch
-def __iter__(self: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+def show(self: Batches,
+    index: Tensor, # int64 (b,), which images
+    how: Tensor | None = None, # int64 (b, 3): shift down, shift right, mirrored; by default as they are
+) -> Tensor: # float32 (b, channels, size, size)
+    "Images as the network sees them."
+    x = self.images.index_select(0, index)
+    if how is None: return self.prepare(x)
+    x = self.prepare(shift(x, how[:, :2]))
+    return torch.where(how[:, 2].bool().view(-1, 1, 1, 1), x.flip(-1), x)
+
+# %% ../nbs/10_data.ipynb #51d05fbb
+@patch
+def _how(self: Batches, order: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]: # Picture of each image, and what is done to it
+    "What an epoch does to its images."
+    if self.augment == Augment(): return np.zeros(len(order), np.int64), None
+    if not self.augment.fixed: return np.zeros(len(order), np.int64), self.augment._draw(self.draws, len(order))
+    picture = self.draws.integers(self.augment.fixed, size=len(order))
+    return picture, self.augment.pictures(len(self.labels))[order, picture]
+
+@patch
+def __iter__(self: Batches) -> Iterator[tuple]:
     "One epoch. Both streams move on by one epoch at its start, whether or not it is finished."
-    n, device = len(self.dataset), self.images.device
-    order = torch.from_numpy(self.dataset if self.shuffle is None else self.shuffle.permutation(self.dataset)).to(device)
-    mirror = None if self.flip is None else torch.from_numpy(self.flip.random((n, 1, 1, 1)) < 0.5).to(device)
-    for a, b in itertools.pairwise(batch_bounds(n, self.bs)):
-        x = self.prepare(self.images.index_select(0, order[a:b]))
-        if mirror is not None: x = torch.where(mirror[a:b], x.flip(-1), x)
-        yield x, self.labels.index_select(0, order[a:b])
+    order = self.dataset if self.shuffle is None else self.shuffle.permutation(self.dataset)
+    picture, how = self._how(order)
+    to = lambda a: a if a is None else torch.from_numpy(a).to(self.images.device)
+    order, picture, how = to(order), to(picture), to(how)
+    for a, b in itertools.pairwise(batch_bounds(len(order), self.bs)):
+        x, y = self.show(order[a:b], how if how is None else how[a:b]), self.labels.index_select(0, order[a:b])
+        yield (x, y) if self.gates is None else (x, self.gates.fetch(order[a:b], picture[a:b]), y)

@@ -7,10 +7,10 @@ __all__ = ['OPTIONS', 'Attr', 'Unit', 'operation', 'rule', 'call_of', 'trace', '
            'rewrite', 'to_function', 'gate_function', 'check_linear', 'blocks', 'frozen_names', 'common', 'cuts',
            'DualCopy']
 
-# %% ../nbs/31_dualcopy.ipynb #c60fa05b
-import builtins, copy, fnmatch, inspect, math, operator, re
+# %% ../nbs/31_dualcopy.ipynb #6a20198b
+import copy, fnmatch, inspect, math, operator, re, warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +23,9 @@ from .core import InputError, check_name
 from .gates import (SOFT, Gates, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer,
                             apply_leaky, apply_multihead, apply_pool, apply_relu, apply_soft, apply_tangent, apply_weights,
                             attention_weights, clamp_gate, disagreement, group_scale, layer_scale, length_scale,
-                            multihead_weights, pool_gate, relu_gate, softplus_gate)
+                            multihead_weights, pool_both, pool_gate, relu_gate, softplus_gate)
 
-# %% ../nbs/31_dualcopy.ipynb #39d620f3
+# %% ../nbs/31_dualcopy.ipynb #8c6d017b
 class Attr(NamedTuple):
     "A layer or a parameter of the model, named by its path: each copy has its own."
     path: str # Dotted
@@ -38,9 +38,9 @@ class Unit(NamedTuple):
     carries: Any = None # What arrives and carries the value
     gate_settings: dict[str, Any] = {} # Keywords of `gate`
     apply_settings: dict[str, Any] = {} # Keywords of `apply`
-    symbols: int = 2 # How many values a gate can take, if it is a whole number
-    inplace: bool = False # Does it overwrite what arrives?
+    symbols: int = 2 # How many values a gate can take, if it is a whole number; 0: not known
     inside: bool = False # Is it a function with units of its own, which takes all gates?
+    both: bool = False # Does `gate` return the output as well?
     replay: bool = True # Does the structural copy go on from `apply`, as the plain operation gives other last bits?
 
 # %% ../nbs/31_dualcopy.ipynb #547468e6
@@ -94,22 +94,22 @@ def operation(
     if not name.startswith('__'): name = name.removesuffix('_')
     return _SAME.get(name, name)
 
-# %% ../nbs/31_dualcopy.ipynb #be46976f
+# %% ../nbs/31_dualcopy.ipynb #6f1bb44a
 def _activation(name: str, x: Any, s: dict[str, Any]) -> Unit | None:
     "The rule of an activation."
     def unit(gate, apply, gate_settings={}, apply_settings={}, **kw): return Unit(gate, apply, (x,), x, gate_settings, apply_settings, **kw)
     inplace = {'inplace': True} if s.pop('inplace', False) else {}
-    if name == 'relu': return unit(relu_gate, apply_relu, {}, inplace, inplace=bool(inplace), replay=False)
+    if name == 'relu': return unit(relu_gate, apply_relu, {}, inplace, replay=False)
     if name in ('leaky_relu', 'prelu', 'rrelu'):
         slope = s.get('weight', s.get('negative_slope', 0.01)) if name != 'rrelu' else (s.get('lower', 1/8) + s.get('upper', 1/3)) / 2
-        return unit(relu_gate, apply_leaky, {}, {'slope': slope} | inplace, inplace=bool(inplace))
+        return unit(relu_gate, apply_leaky, {}, {'slope': slope} | inplace)
     if name in ('relu6', 'hardtanh', 'clamp'):
         low, high = {'relu6': (0., 6.), 'hardtanh': (s.get('min_val', -1.), s.get('max_val', 1.)), 'clamp': (s.get('min'), s.get('max'))}[name]
-        return unit(clamp_gate, apply_clamp, {'low': low, 'high': high}, {'low': low, 'high': high} | inplace, symbols=3, inplace=bool(inplace), replay=False)
-    if name in SOFT: return unit(SOFT[name], apply_soft, s, inplace, inplace=bool(inplace))
+        return unit(clamp_gate, apply_clamp, {'low': low, 'high': high}, {'low': low, 'high': high} | inplace, symbols=3, replay=False)
+    if name in SOFT: return unit(SOFT[name], apply_soft, s, inplace)
     if name == 'softplus': return unit(softplus_gate, apply_tangent, s)
 
-# %% ../nbs/31_dualcopy.ipynb #23959285
+# %% ../nbs/31_dualcopy.ipynb #c5e7ca18
 def _pooling(name: str, x: Any, s: dict[str, Any]) -> Unit | None:
     "The rule of a max pooling."
     dims, shown = int(name[-2]), s.pop('return_indices', False)
@@ -117,7 +117,7 @@ def _pooling(name: str, x: Any, s: dict[str, Any]) -> Unit | None:
     s = {'dims': dims} | {k: v for k, v in s.items() if v is not None or k == 'output_size'}
     if 'output_size' in s: return Unit(adaptive_gate, apply_adaptive, (x,), x, s, s, symbols=0)
     size = s['kernel_size']
-    return Unit(pool_gate, apply_pool, (x,), x, s, s, symbols=size**dims if isinstance(size, int) else math.prod(size))
+    return Unit(pool_both, apply_pool, (x,), x, s, s, symbols=size**dims if isinstance(size, int) else math.prod(size), both=True)
 
 def _normaliser(name: str, x: Any, s: dict[str, Any]) -> Unit | None:
     "The rule of a normaliser."
@@ -159,7 +159,7 @@ def rule(
     if family in ('excite', 'attention'): return _multiplier(name, inputs, settings)
     return {'activation': _activation, 'pool': _pooling, 'norm': _normaliser}[family](name, inputs[0], dict(settings))
 
-# %% ../nbs/31_dualcopy.ipynb #f38a1be6
+# %% ../nbs/31_dualcopy.ipynb #04f3faa8
 _INPUTS = {'scaled_dot_product_attention': 3, 'multihead_attention': 3}
 
 def _kind(m: nn.Module) -> type | None:
@@ -183,11 +183,11 @@ def call_of(
     elif (name := operation(node.target)) in _SETTINGS:
         n = _INPUTS.get(name, 1)
         settings = dict(zip(_SETTINGS[name], node.args[n:])) | {k: v for k, v in node.kwargs.items() if k in _SETTINGS[name]}
-        if _overwrites(node): settings['inplace'] = True
+        if _ends_in_place(node): settings['inplace'] = True
     inputs = node.args or tuple(node.kwargs[k] for k in ('input', 'query', 'key', 'value') if k in node.kwargs)
     return name, inputs[:_INPUTS.get(name, 1)] if name in _SETTINGS and name != 'multihead_attention' else inputs, settings
 
-def _overwrites(node: fx.Node) -> bool:
+def _ends_in_place(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else node.target.__name__
     return name.endswith('_') and 'inplace' in _SETTINGS.get(name[:-1], ())
 
@@ -202,7 +202,7 @@ class _Tracer(fx.Tracer):
         if isinstance(m, _AFFINE_MODULES): return any(k.forward is type(m).forward for k in type(m).__mro__[1:] if k in _AFFINE_MODULES) or type(m).__module__.startswith('torch.nn')
         return super().is_leaf_module(m, qualname)
 
-# %% ../nbs/31_dualcopy.ipynb #a8583104
+# %% ../nbs/31_dualcopy.ipynb #bf295d1c
 def trace(
     model: nn.Module, # Any model that torch.fx can follow
     training: bool = False, # Trace what runs in training mode?
@@ -214,7 +214,10 @@ def trace(
     modes = {m: m.training for m in model.modules()}
     rest = list(inspect.signature(model.forward).parameters.values())[1:]
     given = {p.name: fixed.get(p.name, p.default) for p in rest if p.name in fixed or p.default is not p.empty}
-    try: return _one_input(_Tracer(leaves).trace(model.train(training), given or None), model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # fx warns of arguments that keep their defaults, which is what we ask for
+            return _one_input(_Tracer(leaves).trace(model.train(training), given or None), model)
     except Exception as e:
         raise InputError(f'{type(model).__name__} cannot be traced: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else e!r}; name the module whose '
                          'forward branches on tensor values in leaves=(ItsClass,), or give its switches in fixed={...}') from e
@@ -232,6 +235,7 @@ def _constant(model: nn.Module, name: str) -> Callable:
 def _one_input(graph: fx.Graph, model: nn.Module) -> fx.Graph:
     "Without the checks and inputs that only fixed arguments need, and with constants as functions."
     inputs = [n for n in graph.nodes if n.op == 'placeholder']
+    _name_results(graph, model)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ('placeholder', 'output') or operation(n.target) == '' and n.op == 'call_function')
     for n in inputs[1:]:
         if n.users: raise TypeError(f'its forward needs {n.target!r} as well')
@@ -240,6 +244,25 @@ def _one_input(graph: fx.Graph, model: nn.Module) -> fx.Graph:
         with graph.inserting_before(n): n.replace_all_uses_with(graph.call_function(_constant(model, n.target), (inputs[0],)))
         graph.erase_node(n)
     return graph
+
+# %% ../nbs/31_dualcopy.ipynb #fa98a8b3
+def _overwrites(node: fx.Node, model: nn.Module) -> bool:
+    "Does this operation work in place?"
+    if node.op == 'call_module': return bool(getattr(model.get_submodule(node.target), 'inplace', False))
+    if node.op not in ('call_function', 'call_method'): return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, '__name__', '')
+    known = _SETTINGS.get(operation(node.target), ())
+    by_position = node.args[known.index('inplace') + 1:][:1] if 'inplace' in known else ()
+    return (name.endswith('_') and not name.endswith('__') or name in ('iadd', 'isub', 'imul', 'itruediv') or bool(node.kwargs.get('inplace'))
+            or any(by_position))
+
+def _name_results(graph: fx.Graph, model: nn.Module) -> None:
+    "Let who reads an overwritten value later read the result of what overwrote it."
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for node in [n for n in graph.nodes if n.all_input_nodes and _overwrites(n, model)]:
+        over = node.all_input_nodes[0]
+        for user in [u for u in over.users if order[u] > order[node]]: user.replace_input_with(over, node)
+        if not node.users: raise TypeError(f'{operation(node.target) or node.name} overwrites part of a tensor')
 
 # %% ../nbs/31_dualcopy.ipynb #b8c90881
 def sites_of(
@@ -295,7 +318,7 @@ def units_of(
         if unit := rule(*call_of(node, model), options) or _followed(node, model, names[node], options): units[names[node]] = (node, unit)
     return units
 
-# %% ../nbs/31_dualcopy.ipynb #d6d58883
+# %% ../nbs/31_dualcopy.ipynb #0fe6ce23
 class _Inside(TorchFunctionMode):
     "Gates the units within a function: records `gates`, or applies the given ones."
     def __init__(self, site: str, options: dict[str, str], given: Gates | None = None):
@@ -306,7 +329,7 @@ class _Inside(TorchFunctionMode):
         name, kwargs = operation(func), kwargs or {}
         if name not in _SETTINGS:
             passes = isinstance(func, torch._ops.OpOverload) or not name or name.strip('_') in _AFFINE | _PRODUCTS | _PASSING
-            if not passes: raise _no_rule(name, f'{self.site!r}, inside it')
+            if not passes and self.options.get('unknown') != 'plain': raise _no_rule(name, f'{self.site!r}, inside it')
             return func(*args, **kwargs)
         n = _INPUTS.get(name, 1)
         settings = dict(zip(_SETTINGS[name], args[n:])) | {k: v for k, v in kwargs.items() if k in _SETTINGS[name]}
@@ -315,17 +338,19 @@ class _Inside(TorchFunctionMode):
         site = f'{self.site}_{name}' + (f'_{self.count[name]}' if self.count[name] else '')
         self.count[name] += 1
         gate = unit.gate(*unit.decides, **unit.gate_settings) if self.given is None else self.given[site]
+        if unit.both and self.given is None: gate = gate[0]
         self.gates[site] = gate
         return unit.apply(unit.carries, gate=gate, **unit.apply_settings) if unit.apply else gate
 
 _PASSING = set("""get set getitem setitem size dim numel new_zeros new_empty new_ones new_full zeros empty ones arange
-    bernoulli fill zero ne eq lt gt ge le exp log detach shape""".split())  # no function of the stream, or of parameters alone
+    bernoulli fill zero ne eq lt gt ge le exp log detach shape
+    len bool int float item any all isnan isfinite isinf""".split())  # no function of the stream, or of parameters alone
 
 def _no_rule(name: str, where: str) -> InputError:
     return InputError(f"DualCopy has no rule for {name} at {where}: unknown='plain' lets it pass unchanged, and the network is then not linear in it; "
                       'or replace it by an operation that has one (the tables are in 31_dualcopy)')
 
-# %% ../nbs/31_dualcopy.ipynb #aca66479
+# %% ../nbs/31_dualcopy.ipynb #ec768530
 def _followed(node: fx.Node, model: nn.Module, site: str, options: dict[str, str]) -> Unit | None:
     "The unit of a function or module that tracing did not look into; None for all others."
     if node.op == 'call_function' and inspect.isfunction(node.target) and not operation(node.target): inside, args = node.target, node.args
@@ -339,11 +364,11 @@ def _followed(node: fx.Node, model: nn.Module, site: str, options: dict[str, str
     def apply(args, gate, **kwargs):
         with _Inside(site, options, gate): return call(*args, **kwargs)
     decide.__name__, apply.__name__ = f'decide_{site}', f'apply_{site}'
-    return Unit(decide, apply, args, args, dict(node.kwargs), dict(node.kwargs), inside=True)
+    return Unit(decide, apply, args, args, dict(node.kwargs), dict(node.kwargs), inside=True, both=True)
 
 def _known_module(m: nn.Module) -> bool: return bool(_kind(m)) or isinstance(m, _AFFINE_MODULES)
 
-# %% ../nbs/31_dualcopy.ipynb #dae7d184
+# %% ../nbs/31_dualcopy.ipynb #b3fd7d22
 def rewrite(
     graph: fx.Graph, # A traced graph; it is left as it is
     units: dict[str, tuple[fx.Node, Unit]], # By site; other nodes stay
@@ -364,32 +389,25 @@ def rewrite(
             if unit.gate is None and collect: own[site] = get(gates, site) if given else node
             elif collect:
                 asked = new.call_function(unit.gate, tuple(here(unit.decides)), here(unit.gate_settings))
-                own[site] = get(asked, 0) if unit.inside else asked
+                own[site] = get(asked, 0) if unit.both else asked
             if not (given or unit.replay): continue
             gate = own[site] if not given else gates if unit.inside else get(gates, site)
-            if unit.inside and not given: copied[old] = get(asked, 1)
+            if unit.both and not given: copied[old] = get(asked, 1)
             elif unit.apply: copied[old] = new.call_function(unit.apply, (here(unit.carries),), {'gate': gate} | here(unit.apply_settings))
             else: copied[old] = gate
-            _take_over(new, node, copied[old], here(unit.carries) if unit.inplace else None)
+            node.replace_all_uses_with(copied[old])
+            new.erase_node(node)
     if collect: next(n for n in new.nodes if n.op == 'output').args = (own,)
     new.eliminate_dead_code(is_impure_node=lambda n: n.op in ('placeholder', 'output'))
     return new
 
-# %% ../nbs/31_dualcopy.ipynb #006d378b
+# %% ../nbs/31_dualcopy.ipynb #a85629f0
 def _here(new: fx.Graph, part: Any, copied: dict[fx.Node, fx.Node]) -> Any:
     "`part` of a unit as arguments in the graph `new`."
     if isinstance(part, Attr): return new.get_attr(part.path)
     if isinstance(part, fx.Node): return copied[part]
     if isinstance(part, (tuple, list)): return type(part)(_here(new, p, copied) for p in part)
     return {k: _here(new, v, copied) for k, v in part.items()} if isinstance(part, dict) else part
-
-def _take_over(new: fx.Graph, node: fx.Node, result: fx.Node, overwritten: fx.Node | None) -> None:
-    "Put `result` in the place of `node`, and of the later uses of what it overwrites."
-    if overwritten is not None:
-        order = {n: i for i, n in enumerate(new.nodes)}
-        for user in [u for u in overwritten.users if order[u] > order[node]]: user.replace_input_with(overwritten, result)
-    node.replace_all_uses_with(result)
-    new.erase_node(node)
 
 # %% ../nbs/31_dualcopy.ipynb #7a476246
 def to_function(
@@ -540,13 +558,13 @@ class DualCopy(nn.Module):
     def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor: # `gates` from an earlier `dc.gates(x)` saves the structural pass
         return self._forward[self.training](self.quantitative, x, self.gates(x) if gates is None else gates)
 
-# %% ../nbs/31_dualcopy.ipynb #0c513baf
+# %% ../nbs/31_dualcopy.ipynb #690430d9
 @patch
 def _traced(self: DualCopy, training: bool) -> tuple[fx.Graph, dict[str, tuple[fx.Node, Unit]]]:
     "The graph of the quantitative copy in one mode, with its units and with what the common part hands over."
     graph = trace(self.quantitative, training, leaves=self.leaves, fixed=self.fixed)
     within = common(graph, self.quantitative)
-    units = {s: u for s, u in units_of(graph, self.quantitative, self.options, self.plain).items() if u[0] not in within}
+    units = {s: u for s, u in units_of(graph, self.quantitative, self.options | {'unknown': self.unknown}, self.plain).items() if u[0] not in within}
     return graph, units | cuts(graph, self.quantitative)
 
 @patch

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'plain', 'gated', 'no_callbacks', 'proximal', 'Method', 'C
            'read_toml', 'resolve', 'Task', 'load_task', 'gate_probe', 'measure_with', 'run', 'try_rate', 'calibrate',
            'claim', 'append_row', 'write_config', 'partition_card', 'Comparison', 'cpu_threads', 'compare']
 
-# %% ../nbs/70_experiment.ipynb #af23fc9b
+# %% ../nbs/70_experiment.ipynb #a2b551ec
 import contextlib, dataclasses, errno, json, os, tomllib, typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,16 +22,18 @@ from torch import nn
 from .aggregate import FedAvg
 from .backbones import Format, backbone, check_size, image_format
 from .core import InputError, State, atomic_write, check_name, pick_device, rng, save_state, serialised_bytes, state_hash
-from .data import Batches, Splits, load_data
-from .dualcopy import DualCopy, gate_function
+from .cache import GateCache, cache_key, gate_cache, plan, verdict
+from .data import Augment, Batches, Splits, load_data
+from .dualcopy import OPTIONS, DualCopy, gate_function
 from .federate import Diverged, Federation
 from .gates import disagreement
 from .learner import FedProx, LocalTraining, constant_state, evaluate, shared_state, trained_copy
 from .partition import class_counts, dirichlet, iid, partition_hash
 
-# %% ../nbs/70_experiment.ipynb #d2afce94
+# %% ../nbs/70_experiment.ipynb #3c83b952
 def plain(model: nn.Module, config: 'Config') -> nn.Module: return model
-def gated(model: nn.Module, config: 'Config') -> nn.Module: return DualCopy(model, pool=config.pool, plain=config.plain_sites)
+def gated(model: nn.Module, config: 'Config') -> nn.Module: return DualCopy(model, pool=config.pool, excite=config.excite, attention=config.attention,
+                                                                            norm=config.norm, plain=config.plain_sites, unknown=config.unknown)
 def no_callbacks(config: 'Config') -> list: return []
 def proximal(config: 'Config') -> list: return [FedProx(config.mu)]
 
@@ -44,7 +46,7 @@ class Method:
 
 METHODS = {'fedavg': Method(), 'fedprox': Method(callbacks=proximal), 'fedsq': Method(parametrise=gated)}
 
-# %% ../nbs/70_experiment.ipynb #3b5c868d
+# %% ../nbs/70_experiment.ipynb #0798a89a
 def _opt(default, help: str): return dataclasses.field(default=default, metadata={'help': help})
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,12 @@ class Config:
     head: str = _opt('stock', 'stock: the backbone\'s own classifier with a new last layer; light: one linear layer on averaged features')
     size: int = _opt(0, 'Side of the images in pixels; 0: 16 for rescnn, else 64')
     bn: str = _opt('frozen', 'Batch-norm statistics in training, for every method alike: frozen or train')
+    freeze: str = _opt('', 'Layers that no method trains: names such as features.0-5, or a number of blocks from the bottom')
     pool: str = _opt('structural', 'Max pooling in FedSQ: structural or max')
+    excite: str = _opt('structural', 'FedSQ: outputs of sigmoids, as in squeeze-and-excitation: structural or own')
+    attention: str = _opt('structural', 'FedSQ: attention weights: structural or own')
+    norm: str = _opt('structural', 'FedSQ: scales of layer and group norms: structural or own')
+    unknown: str = _opt('error', 'FedSQ: operations without a rule: error refuses them, plain lets them pass ungated')
     plain_sites: str = _opt('', 'FedSQ: sites that keep deciding for themselves, as a shell pattern such as classifier*')
     methods: tuple[str, ...] = _opt(('fedavg', 'fedprox', 'fedsq'), 'Methods to compare, the first is the baseline')
     clients: int = _opt(10, 'Clients that share the training images')
@@ -76,6 +83,11 @@ class Config:
     weight_decay: float = _opt(0.0, 'Weight decay of SGD')
     mu: float = _opt(0.01, 'FedProx: strength of the proximal term')
     flip: bool = _opt(False, 'Mirror training images at random')
+    crop: int = _opt(0, 'Shift training images at random by up to so many pixels')
+    views: int = _opt(0, 'Fixed pictures of each image to draw from, so that gates can be stored; 0: as many as there are')
+    cache: str = _opt('memory', 'Where FedSQ stores fixed gates: memory, off, or a folder of files that processes share')
+    cache_bytes: int = _opt(2**31, 'Bytes that stored gates may take; beyond it they are computed for each batch')
+    cache_type: str = _opt('float16', 'Type of stored soft gates: float16, bfloat16 or float32')
     seeds: int = _opt(3, 'How many seeds')
     seed: int = _opt(0, 'The first seed; the others follow it')
     valid_fraction: float = _opt(0.1, 'Share of the training images held out for validation')
@@ -117,10 +129,10 @@ def coerce(
         wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}.get(kind, 'a list')
         raise InputError(f'{name} {value!r} is not {wanted}') from None
 
-# %% ../nbs/70_experiment.ipynb #c0dd73b9
+# %% ../nbs/70_experiment.ipynb #39ba0d66
 _AT_LEAST = {'clients': 1, 'per_round': 0, 'min_size': 1, 'rounds': 1, 'local_epochs': 1, 'batch_size': 0, 'calibration_rounds': 0, 'calibration_seeds': 1,
-             'seeds': 1, 'seed': 0, 'max_train': 0, 'threads': 1, 'size': 0, 'momentum': 0., 'weight_decay': 0., 'mu': 0.}
-_CHOICES = {'head': ('stock', 'light'), 'bn': ('frozen', 'train'), 'pool': ('structural', 'max'), 'partition': ('dirichlet', 'iid'),
+             'seeds': 1, 'seed': 0, 'max_train': 0, 'crop': 0, 'views': 0, 'cache_bytes': 0, 'threads': 1, 'size': 0, 'momentum': 0., 'weight_decay': 0., 'mu': 0.}
+_CHOICES = {'head': ('stock', 'light'), 'bn': ('frozen', 'train'), **OPTIONS, 'unknown': ('error', 'plain'), 'cache_type': ('float16', 'bfloat16', 'float32'), 'partition': ('dirichlet', 'iid'),
             'calibration': ('federated', 'centralised')}
 
 def check(
@@ -176,7 +188,7 @@ def resolve(
     return dataclasses.replace(config, backbone=name, weights=weights, size=config.size or image_format(name).size,
                                batch_size=config.batch_size or (32 if name == 'rescnn' else 64), device=str(pick_device(config.device)))
 
-# %% ../nbs/70_experiment.ipynb #bb76aa45
+# %% ../nbs/70_experiment.ipynb #d873992f
 @dataclasses.dataclass(frozen=True)
 class Task:
     "What all runs of a comparison share."
@@ -184,21 +196,55 @@ class Task:
     splits: Splits # Training, validation and test images
     form: Format # How images are shown to the network
     notes: tuple[str, ...] = () # What a reader should know: layers that start fresh, images left out
+    stored: dict[str, tuple[str, GateCache | None]] = dataclasses.field(default_factory=dict) # Gates of the latest structural copy, by part, with their key
 
     def network(self, seed: int, say: Callable[[str], None] = lambda note: None) -> nn.Module: # Pretrained, with the new head of that seed, on the device
         c = self.config
-        return backbone(c.backbone, len(self.splits.train.classes), weights=c.weights, head=c.head, bn=c.bn, seed=seed, say=say).to(c.device)
+        return backbone(c.backbone, len(self.splits.train.classes), weights=c.weights, head=c.head, bn=c.bn, frozen=c.freeze, seed=seed, say=say).to(c.device)
 
     def parts(self, seed: int) -> list[np.ndarray]: # Who owns which training images, in that seed's federation
         c, labels = self.config, self.splits.train.labels.cpu().numpy()
         if c.partition == 'iid': return iid(labels, c.clients, seed=seed)
         return dirichlet(labels, c.clients, c.alpha, min_size=c.min_size, seed=seed)
 
-    def batches(self, what: str) -> Batches: # Images of 'valid' or 'test', in order
-        return Batches(getattr(self.splits, what), batch_size=256, size=self.form.size, channels=self.form.channels, mean=self.form.mean,
-                       std=self.form.std, device=self.config.device)
+    @property
+    def augment(self) -> Augment | None: # How training images vary
+        c = self.config
+        return Augment(c.flip, c.crop, c.views, c.seed) if c.flip or c.crop else None
 
-# %% ../nbs/70_experiment.ipynb #53c24965
+    def batches(self, what: str, gates: GateCache | None = None) -> Batches: # Images of 'train', 'valid' or 'test', in order
+        vary = {'augment': self.augment, 'draws': rng(0)} if what == 'train' and self.augment else {}
+        return Batches(getattr(self.splits, what), batch_size=self.config.batch_size if what == 'train' else 256, size=self.form.size,
+                       channels=self.form.channels, mean=self.form.mean, std=self.form.std, gates=gates, device=self.config.device, **vary)
+
+# %% ../nbs/70_experiment.ipynb #1962f69d
+@patch
+def gates(self: Task,
+    model: nn.Module, # A plain network, which has none, or a `DualCopy`
+    part: str, # 'train', 'valid' or 'test'
+    say: Callable[[str], None] = lambda note: None, # Told of damaged files that were built again
+) -> GateCache | None: # None: compute them for each batch
+    "The stored gates of one part of the data."
+    c = self.config
+    if not isinstance(model, DualCopy) or c.cache == 'off': return None
+    batches, model = self.batches(part), model.eval()
+    key = cache_key(model, batches, plan(model, batches, c.cache_type).slots)
+    if self.stored.get(part, ('',))[0] != key:
+        self.stored.pop(part, None)
+        limit = c.cache_bytes - sum(cache.nbytes for _, cache in self.stored.values() if cache)
+        folder = None if c.cache == 'memory' else c.cache
+        self.stored[part] = key, gate_cache(model, batches, folder=folder, limit=limit, soft=c.cache_type, say=say, announce=False)
+    return self.stored[part][1]
+
+# %% ../nbs/70_experiment.ipynb #7ff2f437
+@patch
+def storage(self: Task,
+    model: DualCopy, # The network
+) -> str:
+    "What storing gates will take, known before anything is built; the training part's is taken first."
+    return verdict([plan(model.eval(), self.batches(part), self.config.cache_type) for part in ('train', 'valid', 'test')], self.config.cache_bytes)
+
+# %% ../nbs/70_experiment.ipynb #e6fcfa77
 def load_task(
     config: Config, # The settings
 ) -> Task:
@@ -216,7 +262,8 @@ def load_task(
     if any('random weights' in n for n in notes) and 'fedsq' in config.methods:
         notes.append('fedsq: gates of layers that start from random weights were never learned; --plain-sites leaves such layers ungated, --head light has none')
     check_size(network, config.backbone, config.size, form.channels)
-    for method in config.methods: METHODS[method].parametrise(network, config)
+    models = [METHODS[method].parametrise(network, config) for method in config.methods]
+    notes += [task.storage(m) for m in models if isinstance(m, DualCopy)][:1 if config.cache != 'off' else 0]
     return dataclasses.replace(task, notes=tuple(notes))
 
 def _seeds(config: Config) -> range: return range(config.seed, config.seed + config.seeds)
@@ -235,7 +282,7 @@ def gate_probe(
     start = gates(model, x)
     return lambda: disagreement(start, gates(model.eval(), x))
 
-# %% ../nbs/70_experiment.ipynb #1a75323a
+# %% ../nbs/70_experiment.ipynb #e0e19020
 def measure_with(
     task: Task, # Images to measure on
     model: nn.Module, # A plain network or a `DualCopy`, at the start of its run
@@ -243,17 +290,17 @@ def measure_with(
     n_probe: int = 128, # Probe images
 ) -> Callable[[State], dict]: # Global state -> measurements
     "The measure of a federation: validation, and for the record test and gates."
-    valid = task.batches('valid')
-    probe = gate_probe(model, next(iter(valid))[0][:n_probe]) if test else None
+    valid, tests = (task.batches(part, task.gates(model, part)) for part in ('valid', 'test'))
+    probe = gate_probe(model, next(iter(task.batches('valid')))[0][:n_probe]) if test else None
     def measure(state):
         trained_copy(model).load_state_dict(state, strict=False)
         row = dict(zip(('val_accuracy', 'val_loss'), evaluate(model, valid)))
         if not test: return row
-        row |= dict(zip(('test_accuracy', 'test_loss'), evaluate(model, task.batches('test'))))
+        row |= dict(zip(('test_accuracy', 'test_loss'), evaluate(model, tests)))
         return row | {'gate_disagreement': probe(), 'weights': state_hash(state)}
     return measure
 
-# %% ../nbs/70_experiment.ipynb #a51e9a56
+# %% ../nbs/70_experiment.ipynb #a9f2d3bd
 def run(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`
@@ -270,7 +317,7 @@ def run(
     c, m, parts = task.config, METHODS[method], task.parts(seed) if parts is None else parts
     model = m.parametrise(task.network(seed), c).to(c.device)
     train = LocalTraining(model, task.splits.train, parts, task.form, lr=lr, epochs=c.local_epochs, batch_size=c.batch_size, momentum=c.momentum,
-                          weight_decay=c.weight_decay, flip=c.flip, callbacks=lambda: m.callbacks(c), seed=seed, device=c.device)
+                          weight_decay=c.weight_decay, augment=task.augment, gates=task.gates(model, 'train', say), callbacks=lambda: m.callbacks(c), seed=seed, device=c.device)
     fed = Federation(shared_state(model), len(parts), train, measure=measure_with(task, model, test), rule=m.rule(), seed=seed,
                      per_round=min(c.per_round, len(parts)) or None, once_bytes=serialised_bytes(constant_state(model)),
                      on_row=lambda row: on_row({'method': method, 'seed': seed, 'lr': lr, **row}))

@@ -6,8 +6,8 @@
 __all__ = ['Gates', 'SOFT', 'relu_gate', 'apply_relu', 'clamp_gate', 'apply_clamp', 'apply_leaky', 'mish_gate', 'gelu_gate',
            'apply_soft', 'secant', 'softplus_gate', 'apply_tangent', 'attention_weights', 'apply_weights',
            'multihead_weights', 'apply_multihead', 'norm_scale', 'apply_norm', 'layer_scale', 'apply_layer',
-           'group_scale', 'apply_group', 'length_scale', 'pool_gate', 'apply_pool', 'adaptive_gate', 'apply_adaptive',
-           'disagreement', 'Slot', 'slots_of', 'row_bytes', 'pack', 'unpack']
+           'group_scale', 'apply_group', 'length_scale', 'pool_both', 'pool_gate', 'apply_pool', 'adaptive_gate',
+           'apply_adaptive', 'disagreement', 'Slot', 'slots_of', 'row_bytes', 'pack', 'unpack']
 
 # %% ../nbs/30_gates.ipynb #1739017c
 import itertools, math
@@ -24,12 +24,20 @@ from .core import InputError
 # %% ../nbs/30_gates.ipynb #c8b47c2b
 Gates = dict[str, Tensor]
 
-# %% ../nbs/30_gates.ipynb #86c5fdd3
+# %% ../nbs/30_gates.ipynb #3308378b
 def relu_gate(
     s: Tensor, # Structural pre-activations, any shape
 ) -> Tensor: # bool, the same shape: which units are open
     "The gate of a ReLU, `s > 0`."
-    return s > 0
+    return _above(s, 0.)
+
+def _eager(s: Tensor) -> bool: # May numpy look at the memory of `s`? Not while torch follows or transforms the program.
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    return type(s) in (Tensor, nn.Parameter) and s.device.type == 'cpu' and s.dtype in (torch.float32, torch.float64) and not followed
+
+def _above(s: Tensor, level: float) -> Tensor:
+    "`s > level`: numpy compares four times as fast as torch does on a CPU."
+    return torch.from_numpy(np.asarray(s.detach().numpy() > level)) if _eager(s) else s > level
 
 # %% ../nbs/30_gates.ipynb #83c3cc44
 def apply_relu(
@@ -44,17 +52,18 @@ def _times(q: Tensor, slope: Tensor, inplace: bool) -> Tensor:
     "A product of equal types runs five times as fast on a CPU as float times bool, and bytes become floats faster than bools do."
     return q.mul_(slope.to(q.dtype)) if inplace else q * slope.to(q.dtype)
 
-# %% ../nbs/30_gates.ipynb #02a75524
+# %% ../nbs/30_gates.ipynb #66db73bd
 def clamp_gate(
     s: Tensor, # Structural pre-activations, any shape
     low: float | None = 0., # Lower bound; None for none
     high: float | None = 6., # Upper bound; None for none
 ) -> Tensor: # uint8, the same shape: 0 at the lower bound, 1 between, 2 at the upper bound
     "The regime of a clamp such as ReLU6 or hardtanh."
-    above = torch.ones_like(s, dtype=torch.uint8) if low is None else (s > low).view(torch.uint8)
-    return above if high is None else above + (s >= high).view(torch.uint8)
+    above = torch.ones_like(s, dtype=torch.uint8) if low is None else _above(s, low).view(torch.uint8)
+    if high is None or _eager(s) and s.numel() and bool(s.amax() < high): return above
+    return above + (s >= high).view(torch.uint8)
 
-# %% ../nbs/30_gates.ipynb #f38d91e6
+# %% ../nbs/30_gates.ipynb #72ecff2c
 def apply_clamp(
     q: Tensor, # Quantitative pre-activations, any shape
     gate: Tensor, # uint8 regimes, the same shape
@@ -63,8 +72,9 @@ def apply_clamp(
     inplace: bool = False, # Overwrite `q`?
 ) -> Tensor: # `q` in regime 1, `low` in regime 0, `high` in regime 2
     "Pass the value in the middle regime and the bound in the outer ones."
-    out = _times(q, gate & 1, inplace)
-    if high: out.add_((gate >> 1).to(q.dtype), alpha=high)
+    if _eager(q) and gate.numel() and not bool(gate.amax() > 1): high = 0.
+    out = _times(q, gate & 1 if high else gate, inplace)
+    if high: out = out.add_((gate >> 1).to(q.dtype), alpha=high)
     return out.add_((gate == 0).to(q.dtype), alpha=low) if low else out
 
 # %% ../nbs/30_gates.ipynb #01aea8cb
@@ -264,19 +274,29 @@ def _bins(s: Tensor, out: Sequence[int]) -> tuple[Tensor, list[int]]:
     starts = [torch.arange(o, device=s.device)*n // o for n, o in zip(size, out)]
     return _plane(starts, [range(max(-(-(i+1)*n // o) - i*n // o for i in range(o))) for n, o in zip(size, out)], size)
 
-# %% ../nbs/30_gates.ipynb #96b08a70
+# %% ../nbs/30_gates.ipynb #a2ca6d3c
 def _number(place: Tensor, first: Tensor, distance: list[int]) -> Tensor:
     "The pixel's number within its window, from its place in the plane."
     number = dict(zip(distance, range(len(distance))))
     table = torch.tensor([number.get(i, 0) for i in range(distance[-1] + 1)], dtype=torch.uint8 if len(distance) <= 256 else torch.int16, device=place.device)
-    return table.take(place - first)
+    return _look_up(table, place - first)
 
 def _place(gate: Tensor, first: Tensor, distance: list[int]) -> Tensor:
     "And back."
-    return torch.tensor(distance, device=gate.device).take(gate.long()) + first
+    return _look_up(torch.tensor(distance, device=gate.device), gate.long()) + first
+
+def _channels_last(x: Tensor) -> bool: return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor: # In the memory order that `index` has
+    return table.take(index.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if _channels_last(index) else table.take(index)
 
 _POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _ADAPTIVE = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+
+def pool_both(s: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, dims: int = 2) -> tuple[Tensor, Tensor]:
+    "The gate of `pool_gate` and the pooled values, from one search."
+    value, place = _POOL[dims](s, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
+    return _number(place, *_windows(s, place.shape[-dims:], kernel_size, stride, padding, dilation)), value
 
 def pool_gate(
     s: Tensor, # Structural activations (b, c, ...)
@@ -288,16 +308,28 @@ def pool_gate(
     dims: int = 2, # How many dimensions a window has
 ) -> Tensor: # uint8 (b, c, ...out): number of the pixel within its window (int16 for windows above 256 pixels)
     "Which pixel of each window is the largest."
-    place = _POOL[dims](s, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)[1]
-    return _number(place, *_windows(s, place.shape[-dims:], kernel_size, stride, padding, dilation))
+    return pool_both(s, kernel_size, stride, padding, dilation, ceil_mode, dims)[0]
 
-# %% ../nbs/30_gates.ipynb #9ece7a10
+# %% ../nbs/30_gates.ipynb #38cea467
 def _gather(q: Tensor, place: Tensor, dims: int) -> Tensor:
     "The values at `place`, in the memory order that `q` has."
-    if dims == 2 and q.is_contiguous(memory_format=torch.channels_last) and not q.is_contiguous():
+    if dims == 2 and _channels_last(q):
         flat = q.permute(0, 2, 3, 1).flatten(1, 2).gather(1, place.permute(0, 2, 3, 1).flatten(1, 2))
         return flat.view(place.shape[0], *place.shape[2:], -1).permute(0, 3, 1, 2)
     return q.flatten(-dims).gather(-1, place.flatten(-dims)).view(place.shape)
+
+class _Pick(torch.autograd.Function):
+    "Gather forwards; backwards what max pooling does, which is faster than to scatter."
+    @staticmethod
+    def forward(ctx, q, place, *settings):
+        ctx.save_for_backward(q, place)
+        ctx.settings = settings
+        return _gather(q, place, 2)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, place = ctx.saved_tensors
+        return torch.ops.aten.max_pool2d_with_indices_backward(grad, q, *ctx.settings, place), *(None,)*6
 
 def apply_pool(
     q: Tensor, # Quantitative activations (b, c, ...)
@@ -310,7 +342,10 @@ def apply_pool(
     dims: int = 2,
 ) -> Tensor: # (b, c, ...out)
     "Gather the values at the chosen pixels."
-    return _gather(q, _place(gate, *_windows(q, gate.shape[-dims:], kernel_size, stride, padding, dilation)), dims)
+    place = _place(gate, *_windows(q, gate.shape[-dims:], kernel_size, stride, padding, dilation))
+    if dims != 2 or not _eager(q): return _gather(q, place, dims)
+    k, p, d = (_each(v, 2) for v in (kernel_size, padding, dilation))
+    return _Pick.apply(q, place, k, k if stride is None or stride == [] else _each(stride, 2), p, d, ceil_mode)
 
 # %% ../nbs/30_gates.ipynb #4c844cb5
 def _out(s: Tensor, output_size: int | Sequence[int | None], dims: int) -> list[int]:
@@ -347,9 +382,9 @@ def disagreement(
     "At each site, how differently `a` and `b` decide."
     return {site: float(_differ(a[site], b[site])) for site in a}
 
-# %% ../nbs/30_gates.ipynb #c37a056e
+# %% ../nbs/30_gates.ipynb #6b2aac13
 class Slot(NamedTuple):
-    "One site's place in a row of packed gates."
+    "How one site is stored in a row of packed gates."
     site: str # The site
     shape: tuple[int, ...] # Of one image's gate
     dtype: str # Of the gate's tensor: 'bool', 'uint8', 'int16', 'float32'
@@ -359,30 +394,32 @@ class Slot(NamedTuple):
 
     @property
     def units(self) -> int: return math.prod(self.shape)
+    @property
+    def plane(self) -> int: return -(-self.units // 8)  # bytes of one bit of every unit
+    @property
+    def nbytes(self) -> int: return self.bits*self.plane if self.bits else self.units * getattr(torch, self.stored).itemsize
 
-# %% ../nbs/30_gates.ipynb #963f25ba
+# %% ../nbs/30_gates.ipynb #e1484bc3
 def slots_of(
     gates: Gates, # Gates of some images
-    symbols: dict[str, int], # How many different values a site's gate can take, for regimes and positions
+    symbols: dict[str, int], # How many different values a site's gate can take, for regimes and positions; where it is not known, 0, whole bytes are stored
     soft: str = 'float16', # Type to store numbers in: 'float16', 'bfloat16' or 'float32'
 ) -> list[Slot]: # In the order of `gates`
     "How gates like these are packed."
     def slot(site, g):
         shape, dtype = tuple(g.shape[1:]), str(g.dtype).removeprefix('torch.')
-        last = g.ndim == 4 and g.is_contiguous(memory_format=torch.channels_last) and not g.is_contiguous()
-        if g.is_floating_point(): return Slot(site, shape, dtype, 0, soft if math.prod(shape) >= 256 else dtype, last)
-        return Slot(site, shape, dtype, 1 if g.dtype == torch.bool else max(1, (symbols[site] - 1).bit_length()), 'bits', last)
+        if g.is_floating_point(): return Slot(site, shape, dtype, 0, soft if math.prod(shape) >= 256 else dtype, _channels_last(g))
+        most = 2 if g.dtype == torch.bool else symbols.get(site) or torch.iinfo(g.dtype).max + 1
+        return Slot(site, shape, dtype, max(1, (most - 1).bit_length()), 'bits', _channels_last(g))
     return [slot(site, g) for site, g in gates.items()]
 
 def row_bytes(
     slots: Sequence[Slot], # How gates are packed
 ) -> int: # Bytes
     "The length of one image's packed gates."
-    return _bit_bytes(slots) + sum(s.units * getattr(torch, s.stored).itemsize for s in slots if not s.bits)
+    return sum(s.nbytes for s in slots)
 
-def _bit_bytes(slots: Sequence[Slot]) -> int: return -(-sum(s.units*s.bits for s in slots) // 8)
-
-# %% ../nbs/30_gates.ipynb #0de0fd5f
+# %% ../nbs/30_gates.ipynb #866c47a8
 def _flat(gate: Tensor, slot: Slot) -> Tensor: return (gate.permute(0, 2, 3, 1) if slot.channels_last else gate).flatten(1)
 
 def pack(
@@ -390,36 +427,39 @@ def pack(
     slots: Sequence[Slot], # How to pack them
 ) -> np.ndarray: # uint8 (b, bytes), one row an image
     "Gates as rows of bytes."
-    flat = [(s, _flat(gates[s.site].cpu(), s)) for s in slots]
-    planes = [((g >> k) & 1 if s.bits > 1 else g).to(torch.uint8).numpy() for s, g in flat if s.bits for k in range(s.bits)]
-    numbers = [g.to(getattr(torch, s.stored)).contiguous().view(torch.uint8).numpy() for s, g in flat if not s.bits]
-    b = len(next(iter(gates.values())))
-    bits = np.packbits(np.concatenate(planes, 1), 1) if planes else np.empty((b, 0), np.uint8)
-    return np.concatenate([bits, *numbers], 1)
+    return np.concatenate([part for s in slots for part in _packed(_flat(gates[s.site].cpu(), s), s)], 1)
 
-# %% ../nbs/30_gates.ipynb #260295c1
-def _bits(rows: Tensor) -> Tensor: # uint8 (b, bytes) -> uint8 (b, 8*bytes)
-    if rows.device.type == 'cpu': return torch.from_numpy(np.unpackbits(rows.numpy(), axis=1))
-    return ((rows[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=rows.device)) & 1).flatten(1)
+def _packed(flat: Tensor, slot: Slot) -> list[np.ndarray]:
+    "One site's bytes (b, ...), plane by plane."
+    if not slot.bits: return [flat.to(getattr(torch, slot.stored)).contiguous().view(torch.uint8).numpy()]
+    if slot.bits == 1: return [np.packbits(flat.numpy(), 1)]
+    return [np.packbits(((flat >> k) & 1).numpy().astype(np.uint8), 1) for k in range(slot.bits)]
 
-def _shaped(flat: Tensor, slot: Slot) -> Tensor:
-    if not slot.channels_last: return flat.view(len(flat), *slot.shape)
-    c, h, w = slot.shape
-    return flat.view(len(flat), h, w, c).permute(0, 3, 1, 2)
+# %% ../nbs/30_gates.ipynb #2356202b
+def _bits(packed: Tensor, n: int) -> Tensor: # uint8 (b, bytes) -> uint8 (b, n)
+    if packed.device.type == 'cpu': return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=n))
+    return ((packed[..., None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)) & 1).flatten(1)[:, :n]
+
+def _unpacked(packed: Tensor, slot: Slot) -> Tensor: # uint8 (b, bytes) -> (b, units)
+    dtype = getattr(torch, slot.dtype)
+    if not slot.bits: return packed.clone(memory_format=torch.contiguous_format).view(getattr(torch, slot.stored)).to(dtype)  # numbers may begin at any byte
+    planes = packed.split(slot.plane, 1)
+    out = _bits(planes[0], slot.units)
+    if slot.bits == 1: return out.view(dtype)
+    out = out.to(dtype)
+    for k, plane in enumerate(planes[1:], 1):
+        if plane.device.type != 'cpu' or plane.numpy().any(): out = torch.add(out, _bits(plane, slot.units).to(dtype), alpha=1 << k)
+    return out
 
 def unpack(
     rows: Tensor, # uint8 (b, bytes), one row an image
     slots: Sequence[Slot], # How they were packed
 ) -> Gates: # On the device of `rows`
     "Gates from rows of bytes."
-    bits, at, byte, gates = _bits(rows[:, :_bit_bytes(slots)]), 0, _bit_bytes(slots), {}
-    for s in slots:
-        dtype, n = getattr(torch, s.dtype), s.units
-        if not s.bits:
-            size = n * getattr(torch, s.stored).itemsize
-            flat, byte = rows[:, byte:byte+size].contiguous().view(getattr(torch, s.stored)).to(dtype), byte + size
-        else:
-            planes, at = [bits[:, at + k*n:at + (k+1)*n] for k in range(s.bits)], at + n*s.bits
-            flat = planes[0].view(torch.bool) if dtype == torch.bool else sum(p.to(dtype) << k for k, p in enumerate(planes))
-        gates[s.site] = _shaped(flat, s)
-    return gates
+    parts = rows.split([s.nbytes for s in slots], 1)
+    return {s.site: _shaped(_unpacked(part, s), s) for s, part in zip(slots, parts)}
+
+def _shaped(flat: Tensor, slot: Slot) -> Tensor:
+    if not slot.channels_last: return flat.view(len(flat), *slot.shape)
+    c, h, w = slot.shape
+    return flat.view(len(flat), h, w, c).permute(0, 3, 1, 2)

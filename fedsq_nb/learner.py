@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['trained_copy', 'shared_names', 'shared_state', 'constant_state', 'LocalLoss', 'FedProx', 'LocalTraining', 'evaluate']
 
-# %% ../nbs/40_learner.ipynb #36629ae8
+# %% ../nbs/40_learner.ipynb #6d3aa047
 import dataclasses, math, time, warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ with warnings.catch_warnings():
 
 from .backbones import FROZEN_KINDS, Format
 from .core import State, Update, copy_state, rng, seeded
-from .data import Batches, ImageSet
+from .data import Augment, Batches, ImageSet
 from .dualcopy import DualCopy
 
 # %% ../nbs/40_learner.ipynb #74706eb9
@@ -54,14 +55,16 @@ def shared_state(
     state = trained_copy(model).state_dict()
     return copy_state({n: state[n] for n in shared_names(model)})
 
-# %% ../nbs/40_learner.ipynb #1ab617ac
+# %% ../nbs/40_learner.ipynb #ea8d063d
 def constant_state(
     model: nn.Module, # A plain network or a `DualCopy`
 ) -> State: # On the CPU, in memory of its own
     "A copy of what a client needs once, before its first round: statistics that stay, and the structural copy of a `DualCopy`."
     shared = set(shared_names(model))
     once = {n: v for n, v in trained_copy(model).state_dict().items() if n not in shared}
-    if isinstance(model, DualCopy): once |= {f'structural.{n}': v for n, v in model.structural.state_dict().items()}
+    if isinstance(model, DualCopy):  # layers that both copies share are sent once
+        there = {v.data_ptr() for v in once.values()}
+        once |= {f'structural.{n}': v for n, v in model.structural.state_dict().items() if v.data_ptr() not in there or not v.numel()}
     return copy_state(once)
 
 # %% ../nbs/40_learner.ipynb #dfa6192a
@@ -92,7 +95,7 @@ class FedProx(Callback):
         for p, start in zip(self.trained, self.start):
             if p.grad is not None: p.grad.add_(p.detach() - start, alpha=self.mu)
 
-# %% ../nbs/40_learner.ipynb #402d6991
+# %% ../nbs/40_learner.ipynb #744c5a69
 @dataclasses.dataclass
 class LocalTraining:
     "One client's local training: `(global state, client, round) -> Update`."
@@ -106,7 +109,8 @@ class LocalTraining:
     batch_size: int = 64 # Images a step
     momentum: float = 0.9 # Momentum of SGD
     weight_decay: float = 0. # Coefficient of the L2 penalty's gradient
-    flip: bool = False # Mirror images at random?
+    augment: Augment | None = None # How training images vary
+    gates: Any = None # Stored gates of all training images, a `GateCache`
     callbacks: Callable[[], Iterable[Callback]] = tuple # Makes the client algorithm's callbacks, fresh for each day: `lambda: [FedProx(0.1)]`
     seed: int = 0 # The run's seed
     device: torch.device | str = 'cpu' # Where to compute
@@ -114,7 +118,8 @@ class LocalTraining:
     def batches(self, client: int, round: int) -> Batches: # The client's images in the order of that round
         stream = lambda what: rng(self.seed, 'round', round, 'client', client, what)
         return Batches(self.data, self.parts[client], batch_size=self.batch_size, size=self.form.size, channels=self.form.channels,
-                       mean=self.form.mean, std=self.form.std, shuffle=stream('order'), flip=stream('flip') if self.flip else None,
+                       mean=self.form.mean, std=self.form.std, shuffle=stream('order'), augment=self.augment,
+                       draws=stream('augment') if self.augment else None, gates=self.gates,
                        device=self.device)
 
 # %% ../nbs/40_learner.ipynb #05a2426e
@@ -134,7 +139,7 @@ def __call__(self: LocalTraining,
     return Update(client, round, shared_state(self.model), len(self.parts[client]),
                   {'train_loss': loss.mean, 'steps': loss.steps, 'seconds': time.perf_counter() - began})
 
-# %% ../nbs/40_learner.ipynb #851d17fc
+# %% ../nbs/40_learner.ipynb #da54ba75
 @torch.no_grad()
 def evaluate(
     model: nn.Module, # A plain network or a `DualCopy`
@@ -143,8 +148,8 @@ def evaluate(
     "How good `model` is on `batches`."
     model.eval()
     right, loss, n = 0, 0., 0
-    for x, y in batches:
-        pred = model(x)
+    for *x, y in batches:
+        pred = model(*x)
         right += (pred.argmax(1) == y).sum()
         loss += F.cross_entropy(pred, y, reduction='sum').double()
         n += len(y)

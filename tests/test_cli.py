@@ -155,7 +155,11 @@ def test_no_network(argv, words, refused, monkeypatch, tmp_path_factory):
     (['--backbone', 'alexnet', '--size', '62'], ('size 62', 'alexnet', '63')),
     (['--backbone', 'vgg11', '--size', '31'], ('size 31', 'vgg11', '32')),
     (['--backbone', 'vit_b_16', '--size', '64'], ('size 64', 'vit_b_16', '224')),
-    (['--backbone', 'efficientnet_b0', '--size', '32', '--methods', 'fedsq'], ('SiLU', 'DualCopy')),
+    (['--freeze', 'stam'], ("'stam'", "'stem'")),
+    (['--freeze', '9'], ('freeze 9', 'blocks')),
+    (['--excite', 'mine'], ("'mine'", 'excite')),
+    (['--cache-type', 'float8'], ("'float8'", 'float32')),
+    (['--cache-bytes', '-1'], ('cache_bytes -1', '0 or more')),
     (['--weights', 'imagenet'], ("'imagenet'", "'printed'")),
     (['--backbone', 'alexnet', '--weights', 'printed'], ("'printed'", "'alexnet'", "'random'"))])
 def test_bad_option(argv, words, refused): refused(argv, *words)
@@ -371,11 +375,19 @@ def test_arrays_in_colour_and_grey(arrays, argv, fedsq, tmp_path):
     assert status == 0 and all(r['state'] == 'ok' and r['clients_failed'] == 0 for r in rows_of(tmp_path/'out')), err
     assert err.count('all layers start from random weights') == 1
 
-def test_a_network_that_cannot_be_gated_runs_without_fedsq_and_is_refused_with_it(fedsq, refused, tmp_path):
-    net = ['--backbone', 'shufflenet_v2_x0_5', '--size', '32']
-    refused([*net, '--methods', 'fedavg,fedsq'], 'DualCopy has no rule for')
-    status, _, err = fedsq('compare', *QUICK, *net, '--out', tmp_path/'out')
-    assert status == 0 and [r['gate_disagreement'] for r in rows_of(tmp_path/'out')] == [{}, {}], err
+@pytest.mark.parametrize('backbone', ['shufflenet_v2_x0_5', 'mobilenet_v3_small'])
+def test_networks_beyond_relu_and_convolution(backbone, fedsq, tmp_path):
+    "Channel shuffles, squeeze-and-excitation and hard swish: compared from the command line, with frozen blocks and stored gates."
+    out = tmp_path/'out'
+    status, _, err = fedsq('compare', *QUICK, '--backbone', backbone, '--size', '32', '--methods', 'fedavg,fedsq', '--freeze', '2', '--cache', tmp_path/'gates', '--out', out)
+    assert status == 0 and all(r['state'] == 'ok' and r['clients_failed'] == 0 for r in rows_of(out)), err
+    assert err.count('gate cache:') == 1 and len(list((tmp_path/'gates').glob('*.gates'))) == 3
+    assert all(r['gate_disagreement'] for r in rows_of(out))
+
+def test_a_cache_folder_that_cannot_be_used(fedsq, tmp_path):
+    (tmp_path/'file').write_text('')
+    status, out, err = fedsq('compare', *QUICK, '--methods', 'fedsq', '--cache', tmp_path/'file', '--out', tmp_path/'out')
+    assert status == 2 and out == '' and 'gate cache folder' in err and 'memory' in err
 
 # ---- help, and stopping
 
