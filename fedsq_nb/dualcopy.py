@@ -191,7 +191,7 @@ def _ends_in_place(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else node.target.__name__
     return name.endswith('_') and 'inplace' in _SETTINGS.get(name[:-1], ())
 
-# %% ../nbs/31_dualcopy.ipynb #245025f2
+# %% ../nbs/31_dualcopy.ipynb #7fcd18bc
 class _Tracer(fx.Tracer):
     "Records operations down to the modules that have a rule."
     def __init__(self, leaves: tuple = ()):
@@ -199,10 +199,12 @@ class _Tracer(fx.Tracer):
         self.leaves = leaves
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
         if isinstance(m, self.leaves) or _kind(m): return True
-        if isinstance(m, _AFFINE_MODULES): return any(k.forward is type(m).forward for k in type(m).__mro__[1:] if k in _AFFINE_MODULES) or type(m).__module__.startswith('torch.nn')
+        if isinstance(m, _AFFINE_MODULES): return _from_torch(m)
         return super().is_leaf_module(m, qualname)
 
-# %% ../nbs/31_dualcopy.ipynb #bf295d1c
+def _from_torch(m: nn.Module) -> bool: return type(m).forward.__module__.split('.')[0] == 'torch'  # its forward, whatever its class
+
+# %% ../nbs/31_dualcopy.ipynb #90ed68ba
 def trace(
     model: nn.Module, # Any model that torch.fx can follow
     training: bool = False, # Trace what runs in training mode?
@@ -224,8 +226,9 @@ def trace(
     finally:
         for m, mode in modes.items(): m.training = mode
 
+# %% ../nbs/31_dualcopy.ipynb #340602d9
 def _constant(model: nn.Module, name: str) -> Callable:
-    "A tensor that tracing found computed already, as a function, so that no copy of the model need hold it."
+    "A tensor that was computed while tracing, as a function."
     value = getattr(model, name)
     delattr(model, name)
     def constant(x: Tensor) -> Tensor: return value.to(x.device)
@@ -350,7 +353,7 @@ def _no_rule(name: str, where: str) -> InputError:
     return InputError(f"DualCopy has no rule for {name} at {where}: unknown='plain' lets it pass unchanged, and the network is then not linear in it; "
                       'or replace it by an operation that has one (the tables are in 31_dualcopy)')
 
-# %% ../nbs/31_dualcopy.ipynb #ec768530
+# %% ../nbs/31_dualcopy.ipynb #633a1d15
 def _followed(node: fx.Node, model: nn.Module, site: str, options: dict[str, str]) -> Unit | None:
     "The unit of a function or module that tracing did not look into; None for all others."
     if node.op == 'call_function' and inspect.isfunction(node.target) and not operation(node.target): inside, args = node.target, node.args
@@ -366,7 +369,7 @@ def _followed(node: fx.Node, model: nn.Module, site: str, options: dict[str, str
     decide.__name__, apply.__name__ = f'decide_{site}', f'apply_{site}'
     return Unit(decide, apply, args, args, dict(node.kwargs), dict(node.kwargs), inside=True, both=True)
 
-def _known_module(m: nn.Module) -> bool: return bool(_kind(m)) or isinstance(m, _AFFINE_MODULES)
+def _known_module(m: nn.Module) -> bool: return bool(_kind(m)) or isinstance(m, _AFFINE_MODULES) and _from_torch(m)
 
 # %% ../nbs/31_dualcopy.ipynb #b3fd7d22
 def rewrite(
@@ -433,7 +436,7 @@ def _merged(gates: dict[str, Tensor | Gates]) -> Gates:
     "Sites within a function that was not traced, on one level with the others."
     return {k: v for site, g in gates.items() for k, v in (g.items() if isinstance(g, dict) else [(site, g)])}
 
-# %% ../nbs/31_dualcopy.ipynb #da35b387
+# %% ../nbs/31_dualcopy.ipynb #6729350b
 def check_linear(
     graph: fx.Graph, # A graph with gates given
     model: nn.Module, # The model
@@ -456,7 +459,8 @@ def check_linear(
             raise _no_rule(what, f'node {names[node]!r}')
     last = next(n for n in graph.nodes if n.op == 'output')
     if not any(known[n].moves for n in last.all_input_nodes):
-        raise InputError("no trained layer reaches the output, whose last unit's values are the structural copy's: leave that unit out with plain=, excite='own' or attention='own'")
+        raise InputError("no trained layer reaches the output, whose last unit's values are the structural copy's: "
+                         "leave that unit out with plain=, excite='own' or attention='own'")
 
 def _divides(node: fx.Node, known: dict[fx.Node, Depends]) -> bool:
     return 'div' in operation(node.target) and isinstance(node.args[1], fx.Node) and known[node.args[1]].moves
@@ -600,7 +604,7 @@ def __setstate__(self: DualCopy, state: dict) -> None:
     super(DualCopy, self).__setstate__(state)
     self._compile()
 
-# %% ../nbs/31_dualcopy.ipynb #0c47a713
+# %% ../nbs/31_dualcopy.ipynb #039e1632
 @patch
 def _thin_out(self: DualCopy) -> None:
     "Leave out of the structural copy what no gate depends on, and share what both copies compute alike."
@@ -612,8 +616,10 @@ def _thin_out(self: DualCopy) -> None:
         if path not in used: self.structural.set_submodule(path, nn.Identity())
         elif path not in outside: self.structural.set_submodule(path, self.quantitative.get_submodule(path).eval())
 
-def _layers(graph: fx.Graph) -> set[str]: return {n.target for n in graph.nodes if n.op == 'call_module'} | {p for n in graph.nodes if n.op == 'get_attr' for p in _parents(n.target)}
-def _parents(path: str) -> list[str]: return ['.'.join(path.split('.')[:i+1]) for i in range(path.count('.') + 1)]
+def _layers(graph: fx.Graph) -> set[str]:
+    "Paths of what a graph uses, and of all that it lies in."
+    paths = [n.target.split('.') for n in graph.nodes if n.op in ('call_module', 'get_attr')]
+    return {'.'.join(path[:i+1]) for path in paths for i in range(len(path))}
 
 # %% ../nbs/31_dualcopy.ipynb #d26cbe52
 @patch

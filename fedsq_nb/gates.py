@@ -215,37 +215,63 @@ def apply_norm(
     "Centre the values and multiply them by the given scale."
     return (q - q.mean(dims, keepdim=True) if centred else q) * gate.to(q.dtype)
 
-# %% ../nbs/30_gates.ipynb #29f5c89f
+# %% ../nbs/30_gates.ipynb #e172073c
 def _last(shape: int | Sequence[int]) -> list[int]: return list(range(-1 if isinstance(shape, int) else -len(shape), 0))
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if weight is not None: x = x * weight
     return x if bias is None else x + bias
 
-def layer_scale(s: Tensor, normalized_shape: Sequence[int], eps: float | None = 1e-5, centred: bool = True) -> Tensor:
+def layer_scale(
+    s: Tensor, # Structural values (b, ..., *normalized_shape)
+    normalized_shape: int | Sequence[int], # The last dimensions, which share a scale
+    eps: float | None = 1e-5, # Added to the variance; None for the type's own smallest step
+    centred: bool = True, # True for a layer norm, False for an RMS norm
+) -> Tensor: # As `s` with size 1 along those dimensions
     "The scale of a layer norm, or of an RMS norm."
     return norm_scale(s, _last(normalized_shape), torch.finfo(s.dtype).eps if eps is None else eps, centred)
 
-def apply_layer(q: Tensor, gate: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
-                centred: bool = True) -> Tensor:
+def apply_layer(
+    q: Tensor, # Quantitative values (b, ..., *normalized_shape)
+    gate: Tensor, # From `layer_scale`
+    normalized_shape: int | Sequence[int], # As there
+    weight: Tensor | None = None, # The layer's trained scale (*normalized_shape)
+    bias: Tensor | None = None, # The layer's trained shift (*normalized_shape)
+    centred: bool = True, # As in `layer_scale`
+) -> Tensor: # As `q`
     "A layer norm, or an RMS norm, with its scale given."
     return _affine(apply_norm(q, gate, _last(normalized_shape), centred), weight, bias)
 
-# %% ../nbs/30_gates.ipynb #c7c0fc06
+# %% ../nbs/30_gates.ipynb #b0a54fba
 def _groups(x: Tensor, n: int | None) -> tuple[Tensor, list[int]]: # (b, groups, channels, ...) and the dimensions to share a scale
     x = x.unflatten(1, (n or x.shape[1], -1))
     return x, list(range(2, x.ndim))
 
-def group_scale(s: Tensor, num_groups: int | None, eps: float = 1e-5) -> Tensor: # `num_groups` None: one for each channel
+def group_scale(
+    s: Tensor, # Structural values (b, channels, ...)
+    num_groups: int | None, # Groups of channels that share a scale; None for one for each channel
+    eps: float = 1e-5, # Added to the variance
+) -> Tensor: # (b, groups, 1, ...)
     "The scale of a group norm."
     return norm_scale(*_groups(s, num_groups), eps)
 
-def apply_group(q: Tensor, gate: Tensor, num_groups: int | None, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def apply_group(
+    q: Tensor, # Quantitative values (b, channels, ...)
+    gate: Tensor, # From `group_scale`
+    num_groups: int | None, # As there
+    weight: Tensor | None = None, # The layer's trained scale (channels,)
+    bias: Tensor | None = None, # The layer's trained shift (channels,)
+) -> Tensor: # As `q`
     "A group norm with its scale given."
     wide = [None if v is None else v.view(-1, *[1]*(q.ndim - 2)) for v in (weight, bias)]
     return _affine(apply_norm(_groups(q, num_groups)[0], gate, _groups(q, num_groups)[1]).flatten(1, 2), *wide)
 
-# %% ../nbs/30_gates.ipynb #b4510118
-def length_scale(s: Tensor, p: float = 2., dim: int = 1, eps: float = 1e-12) -> Tensor:
+# %% ../nbs/30_gates.ipynb #4fede107
+def length_scale(
+    s: Tensor, # Structural values
+    p: float = 2., # Which length: the 2-norm by default
+    dim: int = 1, # Along which dimension
+    eps: float = 1e-12, # Smallest length
+) -> Tensor: # As `s` with size 1 along `dim`
     "One over the length of the structural values along `dim`."
     return 1 / s.norm(p, dim, keepdim=True).clamp_min(eps)
 
@@ -274,7 +300,7 @@ def _bins(s: Tensor, out: Sequence[int]) -> tuple[Tensor, list[int]]:
     starts = [torch.arange(o, device=s.device)*n // o for n, o in zip(size, out)]
     return _plane(starts, [range(max(-(-(i+1)*n // o) - i*n // o for i in range(o))) for n, o in zip(size, out)], size)
 
-# %% ../nbs/30_gates.ipynb #a2ca6d3c
+# %% ../nbs/30_gates.ipynb #582cfd43
 def _number(place: Tensor, first: Tensor, distance: list[int]) -> Tensor:
     "The pixel's number within its window, from its place in the plane."
     number = dict(zip(distance, range(len(distance))))
@@ -290,11 +316,20 @@ def _channels_last(x: Tensor) -> bool: return x.ndim == 4 and x.is_contiguous(me
 def _look_up(table: Tensor, index: Tensor) -> Tensor: # In the memory order that `index` has
     return table.take(index.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if _channels_last(index) else table.take(index)
 
+# %% ../nbs/30_gates.ipynb #679b66e9
 _POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _ADAPTIVE = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 
-def pool_both(s: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, dims: int = 2) -> tuple[Tensor, Tensor]:
-    "The gate of `pool_gate` and the pooled values, from one search."
+def pool_both(
+    s: Tensor, # Structural activations (b, c, ...)
+    kernel_size: int | Sequence[int], # The settings of the pooling, as in `pool_gate`
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    dims: int = 2,
+) -> tuple[Tensor, Tensor]: # The gate of `pool_gate`, and the pooled values
+    "What a max pooling decides and what it passes, from one search."
     value, place = _POOL[dims](s, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
     return _number(place, *_windows(s, place.shape[-dims:], kernel_size, stride, padding, dilation)), value
 
@@ -310,7 +345,7 @@ def pool_gate(
     "Which pixel of each window is the largest."
     return pool_both(s, kernel_size, stride, padding, dilation, ceil_mode, dims)[0]
 
-# %% ../nbs/30_gates.ipynb #38cea467
+# %% ../nbs/30_gates.ipynb #174498fb
 def _gather(q: Tensor, place: Tensor, dims: int) -> Tensor:
     "The values at `place`, in the memory order that `q` has."
     if dims == 2 and _channels_last(q):
@@ -318,6 +353,7 @@ def _gather(q: Tensor, place: Tensor, dims: int) -> Tensor:
         return flat.view(place.shape[0], *place.shape[2:], -1).permute(0, 3, 1, 2)
     return q.flatten(-dims).gather(-1, place.flatten(-dims)).view(place.shape)
 
+# %% ../nbs/30_gates.ipynb #baaa8082
 class _Pick(torch.autograd.Function):
     "Gather forwards; backwards what max pooling does, which is faster than to scatter."
     @staticmethod
@@ -331,6 +367,7 @@ class _Pick(torch.autograd.Function):
         q, place = ctx.saved_tensors
         return torch.ops.aten.max_pool2d_with_indices_backward(grad, q, *ctx.settings, place), *(None,)*6
 
+# %% ../nbs/30_gates.ipynb #fc4c1d8e
 def apply_pool(
     q: Tensor, # Quantitative activations (b, c, ...)
     gate: Tensor, # uint8 (b, c, ...out) from `pool_gate`
