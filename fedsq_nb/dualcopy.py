@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'Attr', 'Unit', 'operation', 'rule', 'call_of', 'trace', 'sites_of', 'Depends', 'dependence', 'units_of',
-           'rewrite', 'to_function', 'gate_function', 'check_linear', 'blocks', 'frozen_names', 'common', 'cuts',
-           'DualCopy']
+           'rewrite', 'to_function', 'side_by_side', 'gate_function', 'check_linear', 'blocks', 'frozen_names',
+           'common', 'cuts', 'DualCopy']
 
-# %% ../nbs/31_dualcopy.ipynb #6a20198b
+# %% ../nbs/31_dualcopy.ipynb #7f8f292a
 import copy, fnmatch, inspect, math, operator, re, warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from .core import InputError, check_name
 from .gates import (SOFT, Gates, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer,
                             apply_leaky, apply_multihead, apply_pool, apply_relu, apply_soft, apply_tangent, apply_weights,
-                            attention_weights, clamp_gate, disagreement, group_scale, layer_scale, length_scale,
-                            multihead_weights, pool_both, pool_gate, relu_gate, softplus_gate)
+                            attention_weights, clamp_beside, clamp_gate, disagreement, group_scale, layer_scale, length_scale,
+                            multihead_weights, pool_both, pool_gate, relu_beside, relu_gate, softplus_gate)
 
 # %% ../nbs/31_dualcopy.ipynb #8c6d017b
 class Attr(NamedTuple):
@@ -404,13 +404,13 @@ def rewrite(
     new.eliminate_dead_code(is_impure_node=lambda n: n.op in ('placeholder', 'output'))
     return new
 
-# %% ../nbs/31_dualcopy.ipynb #a85629f0
-def _here(new: fx.Graph, part: Any, copied: dict[fx.Node, fx.Node]) -> Any:
-    "`part` of a unit as arguments in the graph `new`."
-    if isinstance(part, Attr): return new.get_attr(part.path)
-    if isinstance(part, fx.Node): return copied[part]
-    if isinstance(part, (tuple, list)): return type(part)(_here(new, p, copied) for p in part)
-    return {k: _here(new, v, copied) for k, v in part.items()} if isinstance(part, dict) else part
+# %% ../nbs/31_dualcopy.ipynb #80995074
+def _here(new: fx.Graph, part: Any, copied: dict[fx.Node, fx.Node], within: str = '') -> Any:
+    "`part` of a unit as arguments in the graph `new`; `within` is where the layers are."
+    if isinstance(part, Attr): return new.get_attr(f'{within}.{part.path}' if within else part.path)
+    if isinstance(part, fx.Node): return copied.get(part, part)
+    if isinstance(part, (tuple, list)): return type(part)(_here(new, p, copied, within) for p in part)
+    return {k: _here(new, v, copied, within) for k, v in part.items()} if isinstance(part, dict) else part
 
 # %% ../nbs/31_dualcopy.ipynb #7a476246
 def to_function(
@@ -420,6 +420,48 @@ def to_function(
     code = graph.python_code('self')
     exec(code.src, code.globals)
     return code.globals['forward']
+
+# %% ../nbs/31_dualcopy.ipynb #23ce6fe3
+_BESIDE = {apply_relu: relu_beside, apply_clamp: clamp_beside}  # what needs no gate when both streams are at hand
+
+def side_by_side(
+    graph: fx.Graph, # A traced graph
+    units: dict[str, tuple[fx.Node, Unit]], # By site
+    within: set[fx.Node] = frozenset(), # Nodes that both copies compute alike
+) -> fx.Graph: # A graph `f(x)` over a module with `structural` and `quantitative`
+    "Both copies in one graph."
+    new, s, q, by_node = fx.Graph(), {}, {}, {node: unit for node, unit in units.values()}
+    def write(node, copied, copy):
+        if node not in copied:
+            copied[node] = new.node_copy(node, lambda n: copied[n])
+            if node.op in ('call_module', 'get_attr'): copied[node].target = f'{copy}.{node.target}'
+    for node in graph.nodes:
+        if node.op == 'placeholder': s[node] = q[node] = new.node_copy(node)
+        elif node.op == 'output': new.output(fx.map_arg(node.args[0], lambda n: q[n]))
+        elif node in by_node and by_node[node].gate: s[node], q[node] = _write_unit(new, node, by_node[node], s, q, write)
+        else:
+            write(node, s, 'structural')
+            if node in within: q[node] = s[node]
+            write(node, q, 'quantitative')
+    new.eliminate_dead_code(is_impure_node=lambda n: n.op in ('placeholder', 'output'))
+    return new
+
+# %% ../nbs/31_dualcopy.ipynb #88be7718
+def _write_unit(new: fx.Graph, node: fx.Node, unit: Unit, s: dict, q: dict, write: Callable) -> tuple[fx.Node, fx.Node]:
+    "A unit's outputs in both copies."
+    call = lambda f, copied, args, settings, copy: new.call_function(f, tuple(_here(new, args, copied, copy)), _here(new, settings, copied, copy))
+    if unit.apply in _BESIDE:
+        out = call(_BESIDE[unit.apply], q, (unit.carries,), unit.apply_settings, 'quantitative')
+        out.insert_arg(1, s[unit.carries])
+        write(node, s, 'structural')
+        return s[node], out
+    asked = call(unit.gate, s, unit.decides, unit.gate_settings, 'structural')
+    gate = new.call_function(operator.getitem, (asked, 0)) if unit.both else asked
+    after = lambda copied, copy: call(unit.apply, copied, (unit.carries,), unit.apply_settings | {'gate': gate}, copy) if unit.apply else gate
+    if unit.both: own = new.call_function(operator.getitem, (asked, 1))
+    elif unit.replay: own = after(s, 'structural')
+    else: own = write(node, s, 'structural') or s[node]
+    return own, after(q, 'quantitative')
 
 # %% ../nbs/31_dualcopy.ipynb #173b2954
 def gate_function(
@@ -525,7 +567,7 @@ def cuts(
     within, names = common(graph, model), sites_of(graph)
     return {f'{names[n]}_value': (n, Unit(None, None, replay=False)) for n in graph.nodes if n in within and any(u not in within for u in n.users)}
 
-# %% ../nbs/31_dualcopy.ipynb #ac445466
+# %% ../nbs/31_dualcopy.ipynb #c6490dc3
 class DualCopy(nn.Module):
     "A network whose gates are decided by a frozen copy of itself (FedSQ, arXiv 2604.02990)."
     def __init__(self,
@@ -560,9 +602,10 @@ class DualCopy(nn.Module):
         with torch.no_grad(): return _merged(self._gates(self.structural, x))
 
     def forward(self, x: Tensor, gates: Gates | None = None) -> Tensor: # `gates` from an earlier `dc.gates(x)` saves the structural pass
+        if gates is None and not self.training and not torch.is_grad_enabled(): return self._predict(self, x)
         return self._forward[self.training](self.quantitative, x, self.gates(x) if gates is None else gates)
 
-# %% ../nbs/31_dualcopy.ipynb #690430d9
+# %% ../nbs/31_dualcopy.ipynb #09ef265f
 @patch
 def _traced(self: DualCopy, training: bool) -> tuple[fx.Graph, dict[str, tuple[fx.Node, Unit]]]:
     "The graph of the quantitative copy in one mode, with its units and with what the common part hands over."
@@ -583,8 +626,9 @@ def _compile(self: DualCopy) -> None:
     self._forward = {False: to_function(given), True: to_function(rewrite(in_training, {s: u for s, u in more.items() if s in units}, given=True, collect=False))}
     self._gates = to_function(rewrite(graph, units, given=False, collect=True))
     self._own = to_function(rewrite(graph, units, given=True, collect=True))
+    self._predict = to_function(side_by_side(graph, units, common(graph, self.quantitative)))
 
-# %% ../nbs/31_dualcopy.ipynb #479b5f11
+# %% ../nbs/31_dualcopy.ipynb #b843be1b
 @patch
 def _check(self: DualCopy, given: fx.Graph) -> None:
     "Refuse what has no rule."
@@ -597,7 +641,7 @@ def _check(self: DualCopy, given: fx.Graph) -> None:
 
 @patch
 def __getstate__(self: DualCopy) -> dict:
-    return {k: v for k, v in self.__dict__.items() if k not in ('_forward', '_gates', '_own')}
+    return {k: v for k, v in self.__dict__.items() if k not in ('_forward', '_gates', '_own', '_predict')}
 
 @patch
 def __setstate__(self: DualCopy, state: dict) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fedsq_nb.core import InputError, rng
-from fedsq_nb.data import LETTERS, Batches, ImageSet, Splits, contact_sheet, from_arrays, hold_out, load_data, printed, share, split
+from fedsq_nb.data import LETTERS, Augment, Batches, ImageSet, Splits, contact_sheet, from_arrays, hold_out, load_data, printed, share, shift, split
 from fedsq_nb.data import _glyphs
 
 gen = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def test_last_image_of_a_class_is_never_held_out():
 def test_global_random_state_is_left_alone():
     np_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
     load_data('digits', size=8); printed(50)
-    list(Batches(printed(5), size=8, channels=1, mean=0, std=1, shuffle=rng(0), flip=rng(1)))
+    list(Batches(printed(5), size=8, channels=1, mean=0, std=1, shuffle=rng(0), augment=Augment(flip=True, crop=1), draws=rng(1)))
     assert np.array_equal(np_state, np.random.get_state()[1]) and torch.equal(torch_state, torch.get_rng_state())
 
 @pytest.mark.parametrize('name', ['valid_fraction', 'test_fraction'])
@@ -339,13 +339,76 @@ def test_resizing_is_antialiased_bilinear():
     (grey, _), = Batches(s, size=20, channels=3, mean=0., std=1.)
     assert grey.shape == (3, 3, 20, 20) and torch.equal(grey[:, 0], grey[:, 2])
 
+S = from_arrays(gen.integers(0, 256, (400, 6, 4), dtype=np.uint8), np.arange(400) % 2)
+def vary(how, seed=0, data=S, **kw): return Batches(data, **dict(batch_size=32, size=4, channels=1, mean=0.5, std=0.5) | kw, augment=how, draws=rng(seed, 'augment') if how else None)
+def images(batches): return torch.cat([b[0] for b in batches])
+
+def moved(a, down, right, mirrored):
+    "One picture, pixel by pixel."
+    out = np.zeros_like(a)
+    for i in range(a.shape[-2]):
+        for j in range(a.shape[-1]):
+            if 0 <= i - down < a.shape[-2] and 0 <= j - right < a.shape[-1]: out[..., i, j] = a[..., i - down, j - right]
+    return out[..., ::-1].copy() if mirrored else out
+
 def test_flips_mirror_whole_images_about_half_of_them():
-    s = from_arrays(gen.integers(0, 256, (400, 4, 4), dtype=np.uint8), np.arange(400) % 2)
-    make = lambda flip: torch.cat([b for b, _ in Batches(s, batch_size=32, size=4, channels=1, mean=0.5, std=0.5, flip=flip)])
-    plain, flipped = make(None), make(rng(0, 'flip'))
+    plain, flipped = images(vary(None)), images(vary(Augment(flip=True)))
     mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
     assert ((flipped == plain).flatten(1).all(1) ^ mirrored).all() and 150 < mirrored.sum() < 250
-    assert torch.equal(flipped, make(rng(0, 'flip')))
+    assert torch.equal(flipped, images(vary(Augment(flip=True)))) and not torch.equal(flipped, images(vary(Augment(flip=True), seed=1)))
+    both = vary(Augment(flip=True))
+    assert torch.equal(images(both), flipped) and not torch.equal(images(both), flipped)  # a second epoch draws anew
+
+@pytest.mark.parametrize('by', [(0, 0), (1, 0), (0, -1), (2, 3), (-6, 1), (5, 4), (-9, 9)])
+def test_shift_moves_by_pixels_and_black_comes_in(by):
+    a = S.images[:3]
+    got = shift(a, torch.tensor([by, (0, 0), (-1, 1)]))
+    for g, i, (down, right) in zip(got, a, [by, (0, 0), (-1, 1)]): assert np.array_equal(g, moved(i.numpy(), down, right, 0))
+    assert got.dtype == torch.uint8 and got.shape == a.shape and torch.equal(a, S.images[:3])
+
+@pytest.mark.parametrize('how, n', [(Augment(), 1), (Augment(flip=True), 2), (Augment(crop=2), 0), (Augment(flip=True, crop=1), 0), (Augment(views=3, crop=1), 3), (Augment(flip=True, views=1), 1)])
+def test_the_table_of_pictures_says_what_is_shown(how, n):
+    "Every image of an epoch is one of its fixed pictures, and each of them turns up."
+    assert how.fixed == n
+    if not n: return
+    table, seen = how.pictures(len(S)), set()
+    assert table.shape == (len(S), n, 3) and abs(table[..., :2]).max() <= how.crop and set(np.unique(table[..., 2])) <= {0, int(how.flip)}
+    stored = torch.stack([torch.stack([torch.from_numpy(moved(i.numpy(), *t)) for t in row]) for i, row in zip(S.images, table)])
+    stored = [images(vary(None, data=ImageSet(stored[:, k], S.labels, S.classes))) for k in range(n)]
+    for _ in range(2):
+        got = images(vary(how, seed=_))
+        same = torch.stack([(got == v).flatten(1).all(1) for v in stored], 1)
+        assert same.any(1).all()
+        seen |= {k for k in range(n) if same[:, k].any()}
+    assert seen == set(range(n))
+
+def test_fixed_pictures_depend_on_the_seed_and_the_image_alone():
+    a, b = Augment(crop=3, flip=True, views=4, seed=1), Augment(crop=3, flip=True, views=4, seed=2)
+    assert np.array_equal(a.pictures(50), Augment(crop=3, flip=True, views=4, seed=1).pictures(50)) and not np.array_equal(a.pictures(50), b.pictures(50))
+    assert len({t.tobytes() for t in a.pictures(50)}) == 50
+    free = vary(Augment(crop=3))
+    assert not torch.equal(images(free), images(free))
+
+class Noted:
+    "Answers with what it is asked for."
+    def fetch(self, image, picture): return {'image': image, 'picture': picture}
+
+@pytest.mark.parametrize('how', [None, Augment(flip=True), Augment(flip=True, crop=2, views=3)])
+def test_stored_gates_are_those_of_the_pictures_shown(how):
+    index = rng(0).permutation(400)[:75]
+    make = lambda gates, shuffle: vary(how, index=index, gates=gates, shuffle=rng(5) if shuffle else None)
+    for shuffle in (False, True):
+        with_gates, without = list(make(Noted(), shuffle)), list(make(None, shuffle))
+        assert [len(b) for b in with_gates] == [3]*3 and [len(b) for b in without] == [2]*3 and (make(Noted(), shuffle).n_inp, make(None, shuffle).n_inp) == (2, 1)
+        for (x, gates, y), (x2, y2) in zip(with_gates, without):
+            assert torch.equal(x, x2) and torch.equal(y, y2) and torch.equal(y, S.labels[gates['image']]) and len(gates['picture']) == len(x)
+            table = (how or Augment()).pictures(400)
+            want = torch.stack([torch.from_numpy(moved(S.images[i].numpy(), *table[i, k])) for i, k in zip(gates['image'].tolist(), gates['picture'].tolist())])
+            assert torch.equal(x, images(vary(None, data=ImageSet(want, y, S.classes))))
+        assert sorted(torch.cat([g['image'] for _, g, _ in with_gates]).tolist()) == sorted(index.tolist())
+
+def test_augmenting_needs_a_stream():
+    with pytest.raises(InputError, match='draws'): Batches(S, size=4, channels=1, mean=0.5, std=0.5, augment=Augment(flip=True))
 
 def test_shuffle_is_a_new_permutation_each_epoch_and_replays():
     s, index = from_arrays(np.arange(50, dtype=np.uint8).reshape(50, 1, 1), np.arange(50) % 2), np.arange(5, 45)

@@ -6,8 +6,9 @@ from torch import nn
 
 from fedsq_nb.aggregate import check_update
 from fedsq_nb.backbones import Format, backbone
+from fedsq_nb.cache import gate_cache
 from fedsq_nb.core import copy_state, rng, seeded, state_hash
-from fedsq_nb.data import Batches, from_arrays
+from fedsq_nb.data import Augment, Batches, from_arrays
 from fedsq_nb.dualcopy import DualCopy
 from fedsq_nb.learner import FedProx, LocalTraining, constant_state, evaluate, shared_names, shared_state, trained_copy
 
@@ -77,12 +78,12 @@ def test_mu_zero_is_fedavg_bit_for_bit(make):
                          ids=['plain', 'gated', 'train', 'gated residual'])
 @pytest.mark.parametrize('callbacks', [tuple, lambda: [FedProx(.5)]], ids=['sgd', 'prox'])
 def test_a_day_depends_on_seed_client_and_round_alone(make, callbacks):
-    start, fresh, used = shared_state(make()), day(make(), callbacks, flip=True), day(make(), callbacks, flip=True)
+    start, fresh, used = shared_state(make()), day(make(), callbacks, augment=Augment(flip=True)), day(make(), callbacks, augment=Augment(flip=True))
     used(start, 0, 1); used(used(start, 2, 1).state, 0, 2)
     torch.rand(17)
     a, b = fresh(start, 1, 3), used(start, 1, 3)
     assert bits(a.state) == bits(b.state) and a.metrics['train_loss'] == b.metrics['train_loss']
-    others = [fresh(start, 0, 3), fresh(start, 1, 4), day(make(), callbacks, flip=True, seed=6)(start, 1, 3)]
+    others = [fresh(start, 0, 3), fresh(start, 1, 4), day(make(), callbacks, augment=Augment(flip=True), seed=6)(start, 1, 3)]
     assert len({bits(u.state) for u in [a, *others]}) == 4
 
 def test_dropout_follows_a_stream_of_its_own_for_each_seed_client_and_round(monkeypatch):
@@ -94,7 +95,7 @@ def test_dropout_follows_a_stream_of_its_own_for_each_seed_client_and_round(monk
 
 def test_global_generators_are_left_alone():
     before = torch.get_rng_state()
-    day(DualCopy(small(.5)), lambda: [FedProx(.1)], flip=True)(shared_state(small()), 0, 1)
+    day(DualCopy(small(.5)), lambda: [FedProx(.1)], augment=Augment(flip=True, crop=1))(shared_state(small()), 0, 1)
     assert torch.equal(before, torch.get_rng_state())
 
 @pytest.mark.parametrize('bn', ['frozen', 'train'])
@@ -182,3 +183,34 @@ def test_evaluate_by_its_definition_and_on_broken_weights():
     for broken in (float('nan'), float('inf')):
         with torch.no_grad(): model[8].weight[0, 0] = broken
         assert all(v != v for v in evaluate(model, batch(50))) and all(v != v for v in evaluate(DualCopy(model), batch(50)))
+
+# ---- stored gates
+
+class Counted:
+    "A store that counts what it is asked for."
+    def __init__(self, cache): self.cache, self.asked = cache, []
+    def fetch(self, image, picture):
+        self.asked.append(len(image))
+        return self.cache.fetch(image, picture)
+
+@pytest.mark.parametrize('how', [None, Augment(flip=True), Augment(crop=1, flip=True, views=3)], ids=['as they are', 'flips', 'views'])
+def test_a_day_with_stored_gates_asks_the_structural_copy_nothing(how):
+    "And trains the same weights: a gate that another batch rounds to the other side belongs to a unit that is zero."
+    model, ran = DualCopy(small(.5)), []
+    all_images = Batches(DATA, batch_size=8, size=8, channels=1, mean=.5, std=.25, augment=how, draws=rng(0) if how else None)
+    store, start = Counted(gate_cache(model.eval(), all_images)), shared_state(model)
+    model.structural.get_submodule('0').register_forward_hook(lambda m, i, o: ran.append(len(i[0])))
+    plain, stored = day(DualCopy(small(.5)), augment=how)(start, 0, 1), day(model, augment=how, gates=store)(start, 0, 1)
+    assert not ran and store.asked == [8, 8, 8, 9]*2 and bits(stored.state) != bits(start)
+    close(stored.state, plain.state, 1e-5)
+    assert stored.metrics['train_loss'] == pytest.approx(plain.metrics['train_loss'], abs=1e-5) and stored.metrics['steps'] == plain.metrics['steps'] == 8
+    day(model, augment=how)(start, 0, 1)
+    assert sum(ran) == 2*33
+
+def test_evaluate_with_stored_gates():
+    model, batches = DualCopy(small()), lambda gates=None: Batches(DATA, batch_size=10, size=8, channels=1, mean=.5, std=.25, gates=gates)
+    store = Counted(gate_cache(model.eval(), batches()))
+    with torch.no_grad(): model.quantitative[6].weight.mul_(2)  # trained meanwhile
+    assert evaluate(model, batches(store)) == evaluate(model, batches()) and store.asked == [10]*5
+    store.cache.rows = store.cache.rows.roll(1, 0)  # another image's gates
+    assert evaluate(model, batches(store))[1] != evaluate(model, batches())[1]
