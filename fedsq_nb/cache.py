@@ -52,7 +52,7 @@ def _order(dc: DualCopy) -> torch.memory_format: # The memory order that the net
     last = any(p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in dc.quantitative.parameters())
     return torch.channels_last if last else torch.contiguous_format
 
-# %% ../nbs/38_cache.ipynb #7ea1dc61
+# %% ../nbs/38_cache.ipynb #5f63e07b
 def cache_key(
     dc: DualCopy, # The network
     batches: Batches, # All images, and how they are shown
@@ -61,14 +61,20 @@ def cache_key(
     "A fingerprint of everything that the gates depend on."
     b, a = batches, batches.augment
     pictures = a.pictures(len(b.labels)) if a.fixed else np.zeros(0)
-    facts = dict(structural=state_hash(dc.structural.state_dict()), images=_hash(b.images.cpu().numpy()), shape=list(b.images.shape), batch=b.bs,
-                 show=[b.size, b.channels, b.mean.flatten().tolist(), b.std.flatten().tolist()], pictures=_hash(np.ascontiguousarray(pictures)),
+    state = dc.structural.state_dict() | dict(dc.structural.named_buffers())
+    facts = dict(structural=state_hash(state), wiring=_wiring(dc), images=_hash(b.images.cpu().numpy()), shape=list(b.images.shape), batch=b.bs,
+                 show=[b.size, b.channels, b.mean.flatten().tolist(), b.std.flatten().tolist()], pictures=_hash(pictures),
                  options=[dc.options, dc.plain], slots=[list(s) for s in slots], device=str(b.images.device.type), torch=torch.__version__)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
-def _hash(a: np.ndarray) -> str: return hashlib.blake2b(a.data if a.size else b'', digest_size=16).hexdigest()
+def _hash(a: np.ndarray) -> str: return hashlib.blake2b(np.ascontiguousarray(a).data if a.size else b'', digest_size=16).hexdigest()
 
-# %% ../nbs/38_cache.ipynb #49bc155f
+def _wiring(dc: DualCopy) -> list:
+    "What decides besides weights: the gate function's source, and the settings of the layers it calls."
+    settings = lambda m: {k: repr(v) for k, v in vars(m).items() if k[0] != '_' and k != 'training' and isinstance(v, (bool, int, float, str, tuple, list, type(None)))}
+    return [dc._gates.source, [[name, type(m).__name__, settings(m)] for name, m in dc.structural.named_modules(remove_duplicate=False)]]
+
+# %% ../nbs/38_cache.ipynb #100781b5
 class GateCache:
     "Packed gates of a set of images."
     def __init__(self,
@@ -81,9 +87,9 @@ class GateCache:
     def fetch(self,
         image: Tensor, # int64 (b,): which images
         picture: Tensor | None = None, # int64 (b,): which view of each; by default the first
-    ) -> Gates: # On the device of `rows`
+    ) -> Gates: # On the device of `image`; packed rows are what travels there
         row = image*self.views if picture is None else image*self.views + picture
-        return unpack(self.rows.index_select(0, row), self.slots)
+        return unpack(self.rows.index_select(0, row.to(self.rows.device)).to(row.device), self.slots)
 
     @property
     def nbytes(self) -> int: return self.rows.numel()
@@ -106,7 +112,7 @@ def _in_memory(dc: DualCopy, batches: Batches, p: Plan) -> GateCache:
         at += len(chunk)
     return GateCache(torch.from_numpy(rows).to(batches.images.device), p.slots, p.views)
 
-# %% ../nbs/38_cache.ipynb #f1e02401
+# %% ../nbs/38_cache.ipynb #4390fe76
 _MAGIC = b'fedsq gates 1\n'
 
 def _write(path: Path, chunks: Iterator[np.ndarray], note: dict) -> None:
@@ -123,12 +129,13 @@ def _write(path: Path, chunks: Iterator[np.ndarray], note: dict) -> None:
             f.write(end + struct.pack('<Q', len(end)) + _MAGIC)
             f.flush()
             os.fsync(f.fileno())
+        os.chmod(temp, 0o644)
         os.replace(temp, path)
     except BaseException:
         Path(temp).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/38_cache.ipynb #75a5fcd5
+# %% ../nbs/38_cache.ipynb #825c9249
 def _open(path: Path, key: str, p: Plan) -> tuple[GateCache | None, str]: # The cache, or why there is none
     "Map a file if it is whole and holds what is wanted."
     if not path.exists(): return None, ''
@@ -142,7 +149,7 @@ def _open(path: Path, key: str, p: Plan) -> tuple[GateCache | None, str]: # The 
         f.seek(p.total)
         try: note = json.loads(f.read(n))
         except ValueError: return None, 'its closing note cannot be read'
-        if note.get('key') != key: return None, 'it belongs to other gates'
+        if not isinstance(note, dict) or note.get('key') != key: return None, 'it belongs to other gates'
         f.seek(0)
         if _checksum(f, p.total) != note.get('checksum'): return None, 'its checksum does not match'
     return _mapped(path, p.slots, p.images, p.views), ''

@@ -412,13 +412,14 @@ def _here(new: fx.Graph, part: Any, copied: dict[fx.Node, fx.Node], within: str 
     if isinstance(part, (tuple, list)): return type(part)(_here(new, p, copied, within) for p in part)
     return {k: _here(new, v, copied, within) for k, v in part.items()} if isinstance(part, dict) else part
 
-# %% ../nbs/31_dualcopy.ipynb #7a476246
+# %% ../nbs/31_dualcopy.ipynb #00cf7e2e
 def to_function(
     graph: fx.Graph, # A graph over some model's layers
 ) -> Callable: # `f(model, x)` or `f(model, x, gates)`
     "Compile `graph` to a function that reads its layers from the model it is given."
     code = graph.python_code('self')
     exec(code.src, code.globals)
+    code.globals['forward'].source = code.src
     return code.globals['forward']
 
 # %% ../nbs/31_dualcopy.ipynb #23ce6fe3

@@ -484,7 +484,7 @@ def row_bytes(
     "The length of one image's packed gates."
     return sum(s.nbytes for s in slots)
 
-# %% ../nbs/30_gates.ipynb #866c47a8
+# %% ../nbs/30_gates.ipynb #35f01562
 def _flat(gate: Tensor, slot: Slot) -> Tensor: return (gate.permute(0, 2, 3, 1) if slot.channels_last else gate).flatten(1)
 
 def pack(
@@ -495,7 +495,10 @@ def pack(
     return np.concatenate([part for s in slots for part in _packed(_flat(gates[s.site].cpu(), s), s)], 1)
 
 def _packed(flat: Tensor, slot: Slot) -> list[np.ndarray]:
-    "One site's bytes (b, ...), plane by plane."
+    "One site's bytes (b, ...), plane by plane. Raises `InputError` for numbers that their type cannot hold."
+    if not slot.bits:
+        most, limit = flat.abs().amax().item() if flat.numel() else 0., torch.finfo(getattr(torch, slot.stored)).max
+        if limit < most < math.inf: raise InputError(f'gates of site {slot.site!r} go up to {most:.3g}, beyond the {limit:.3g} of {slot.stored}: store them as bfloat16')
     if not slot.bits: return [flat.to(getattr(torch, slot.stored)).contiguous().view(torch.uint8).numpy()]
     if slot.bits == 1: return [np.packbits(flat.numpy(), 1)]
     return [np.packbits(((flat >> k) & 1).numpy().astype(np.uint8), 1) for k in range(slot.bits)]

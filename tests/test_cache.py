@@ -145,7 +145,7 @@ def test_every_picture_has_its_own_gates(kind, how):
     same(cache.fetch(at), {s: g[at*n] for s, g in want.items()})
     if n > 1: assert any(not torch.equal(want[s][0::n], want[s][1::n]) for s in want)
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_any_rows_in_any_order(draw):
     n, bs, k = draw.draw(st.integers(1, 9)), draw.draw(st.integers(1, 5)), draw.draw(st.integers(1, 3))
@@ -275,7 +275,7 @@ def bits_needed(model, x):
     with torch.no_grad(): model.eval()(x)
     return sum(bits)
 
-@pytest.mark.parametrize('name, size', [('resnet18', 32), ('mobilenet_v2', 64), ('mobilenet_v3_small', 64), ('squeezenet1_1', 64)])
+@pytest.mark.parametrize('name, size', [('resnet18', 32), ('mobilenet_v2', 64), ('mobilenet_v3_small', 48), ('squeezenet1_1', 64)])
 def test_a_picture_takes_the_bits_of_its_gates(name, size):
     with seeded(0, name): model = torchvision.models.get_model(name, weights=None, num_classes=10)
     batches = Batches(printed(3, size=size, channels=3), size=size, channels=3, mean=.5, std=.25)
@@ -329,7 +329,7 @@ def test_bytes_are_bounded_over_the_three_parts(tmp_path):
     note, = (n for n in load_task(Config(**RUN | dict(max_train=30, cache_bytes=t))).notes if 'each batch' in n)
     assert note == limited(t).storage(dc)
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(steps=st.lists(st.tuples(st.integers(0, 2), st.sampled_from(['train', 'valid', 'test'])), min_size=1, max_size=8), share=st.floats(0, 1.2))
 def test_never_more_bytes_than_allowed_whatever_is_asked_for(steps, share):
     task, models = some()
@@ -462,7 +462,7 @@ def mended(path, damaged, rows, *words):
 def test_cut_at_any_byte(rows, tmp_path):
     path = of(folder=tmp_path)[0].path
     whole = path.read_bytes()
-    for n in {0, 1, 13, 21, 22, 23, rows.numel() - 1, rows.numel(), rows.numel() + 1, len(whole) - 1, len(whole) - 14, len(whole) - 22, *gen.integers(len(whole), size=20).tolist()}:
+    for n in {0, 1, 13, 21, 22, 23, rows.numel() - 1, rows.numel(), rows.numel() + 1, len(whole) - 1, len(whole) - 14, len(whole) - 22, *gen.integers(len(whole), size=12).tolist()}:
         path.unlink()
         mended(path, whole[:n], rows, 'cut short')
     for more in (b'\0', whole[-22:], whole): mended(path, whole + more, rows, 'cut short', 'its size')
@@ -472,7 +472,7 @@ def test_cut_at_any_byte(rows, tmp_path):
 def test_one_bit_anywhere(rows, tmp_path):
     path = of(folder=tmp_path)[0].path
     whole, n = path.read_bytes(), rows.numel()
-    for i in (*gen.integers(n, size=15).tolist(), 0, n - 1, *gen.choice(np.arange(n, len(whole)), 40, replace=False).tolist()):
+    for i in (*gen.integers(n, size=15).tolist(), 0, n - 1, *gen.choice(np.arange(n, len(whole)), 25, replace=False).tolist()):
         bad = bytearray(whole)
         bad[i] ^= 1 << int(gen.integers(8))
         path.unlink()
