@@ -176,7 +176,7 @@ def bench_table(
                       'FedAvg step': f'{1000*first.fedavg_seconds:.0f} ms'})
     return pd.DataFrame(lines)
 
-# %% ../nbs/82_bench.ipynb #88d1fdf3
+# %% ../nbs/82_bench.ipynb #dcf7b9ec
 def bench_plot(
     rows: pd.DataFrame, # From `bench_dualcopy`
     ratios: Sequence[str] = ('cached step / FedAvg step', 'uncached step / FedAvg step'), # Which to draw
@@ -194,5 +194,5 @@ def bench_plot(
     ax.axvline(1, color='black', lw=0.8)
     ax.set(yticks=range(len(nets)), yticklabels=[f'{n} at {s}' for n, s in nets], xlabel='time in units of the plain network\'s (dotted: limit)')
     ax.invert_yaxis()
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc='upper center', bbox_to_anchor=(0.45, -0.28), ncol=len(ratios))
     return ax
