@@ -25,7 +25,7 @@ from .gates import (SOFT, Gates, adaptive_gate, apply_adaptive, apply_clamp, app
                             attention_weights, clamp_beside, clamp_gate, disagreement, group_scale, layer_scale, length_scale,
                             multihead_weights, pool_both, pool_gate, relu_beside, relu_gate, softplus_gate)
 
-# %% ../nbs/31_dualcopy.ipynb #8c6d017b
+# %% ../nbs/31_dualcopy.ipynb #f18dc0a5
 class Attr(NamedTuple):
     "A layer or a parameter of the model, named by its path: each copy has its own."
     path: str # Dotted
@@ -38,7 +38,7 @@ class Unit(NamedTuple):
     carries: Any = None # What arrives and carries the value
     gate_settings: dict[str, Any] = {} # Keywords of `gate`
     apply_settings: dict[str, Any] = {} # Keywords of `apply`
-    symbols: int = 2 # How many values a gate can take, if it is a whole number; 0: not known
+    symbols: int = 2 # How many values a gate can take, if it is a whole number; 0: not known; -1: it is a value, not a gate
     inside: bool = False # Is it a function with units of its own, which takes all gates?
     both: bool = False # Does `gate` return the output as well?
     replay: bool = True # Does the structural copy go on from `apply`, as the plain operation gives other last bits?
@@ -540,7 +540,7 @@ def frozen_names(
         names += [f'{span[1]}{i}' for i in range(int(span[2]), int(span[3]) + 1)] if span else [part]
     return [check_name(n, [name for name, _ in model.named_modules() if name], 'layer to freeze') for n in names]
 
-# %% ../nbs/31_dualcopy.ipynb #f5d6f786
+# %% ../nbs/31_dualcopy.ipynb #8703a0e8
 def _random(node: fx.Node, model: nn.Module) -> bool:
     if node.op == 'call_module': return isinstance(model.get_submodule(node.target), nn.modules.dropout._DropoutNd)
     return node.op in ('call_function', 'call_method') and ('dropout' in operation(node.target) or operation(node.target) == 'stochastic_depth')
@@ -566,7 +566,7 @@ def cuts(
 ) -> dict[str, tuple[fx.Node, Unit]]: # By site: the values that the common part hands over
     "Where the common part ends, as units."
     within, names = common(graph, model), sites_of(graph)
-    return {f'{names[n]}_value': (n, Unit(None, None, replay=False)) for n in graph.nodes if n in within and any(u not in within for u in n.users)}
+    return {f'{names[n]}_value': (n, Unit(None, None, symbols=-1, replay=False)) for n in graph.nodes if n in within and any(u not in within for u in n.users)}
 
 # %% ../nbs/31_dualcopy.ipynb #c6490dc3
 class DualCopy(nn.Module):

@@ -464,16 +464,16 @@ class Slot(NamedTuple):
     @property
     def nbytes(self) -> int: return self.bits*self.plane if self.bits else self.units * getattr(torch, self.stored).itemsize
 
-# %% ../nbs/30_gates.ipynb #e1484bc3
+# %% ../nbs/30_gates.ipynb #4362caad
 def slots_of(
     gates: Gates, # Gates of some images
-    symbols: dict[str, int], # How many different values a site's gate can take, for regimes and positions; where it is not known, 0, whole bytes are stored
+    symbols: dict[str, int], # How many different values a site's gate can take, for regimes and positions; where it is not known, 0, whole bytes are stored; -1 for numbers that keep their type
     soft: str = 'float16', # Type to store numbers in: 'float16', 'bfloat16' or 'float32'
 ) -> list[Slot]: # In the order of `gates`
     "How gates like these are packed."
     def slot(site, g):
         shape, dtype = tuple(g.shape[1:]), str(g.dtype).removeprefix('torch.')
-        if g.is_floating_point(): return Slot(site, shape, dtype, 0, soft if math.prod(shape) >= 256 else dtype, _channels_last(g))
+        if g.is_floating_point(): return Slot(site, shape, dtype, 0, soft if math.prod(shape) >= 256 and symbols.get(site) != -1 else dtype, _channels_last(g))
         most = 2 if g.dtype == torch.bool else symbols.get(site) or torch.iinfo(g.dtype).max + 1
         return Slot(site, shape, dtype, max(1, (most - 1).bit_length()), 'bits', _channels_last(g))
     return [slot(site, g) for site, g in gates.items()]

@@ -102,13 +102,14 @@ def test_a_batch_has_the_gates_of_the_same_pictures_to_the_bit(kind, soft):
         same(back, stored_as(fresh, cache))
         assert all(back[s].is_contiguous(memory_format=torch.channels_last) == g.is_contiguous(memory_format=torch.channels_last) for s, g in fresh.items() if g.ndim == 4)
         with torch.no_grad():
-            exact = soft == 'float32' or all(s.bits for s in cache.slots)
+            exact = soft == 'float32' or all(s.bits or s.stored == s.dtype for s in cache.slots)
             if exact: assert torch.equal(dc(x, back), dc(x))
             else: torch.testing.assert_close(dc(x, back), dc(x), rtol=0, atol=.02 if soft == 'bfloat16' else .003)
-    if kind not in ('soft', 'soft last', 'attention', 'frozen'): assert all(s.bits for s in cache.slots)
+    if kind == 'frozen': assert {s.stored for s in cache.slots} == {'bits', 'float32'}, 'what frozen layers hand over is a value and keeps its type'
+    elif kind not in ('soft', 'soft last', 'attention'): assert all(s.bits for s in cache.slots)
     else: assert any(s.stored == soft for s in cache.slots)
 
-@pytest.mark.parametrize('kind', ['soft', 'attention', 'frozen'])
+@pytest.mark.parametrize('kind', ['soft', 'attention'])
 def test_stored_numbers_are_rounded_to_the_nearest(kind):
     dc = EVERY[kind]()
     want = computed(dc)
