@@ -282,7 +282,7 @@ def gate_probe(
     start = gates(model, x)
     return lambda: disagreement(start, gates(model.eval(), x))
 
-# %% ../nbs/70_experiment.ipynb #e0e19020
+# %% ../nbs/70_experiment.ipynb #5523aa14
 def measure_with(
     task: Task, # Images to measure on
     model: nn.Module, # A plain network or a `DualCopy`, at the start of its run
@@ -290,7 +290,7 @@ def measure_with(
     n_probe: int = 128, # Probe images
 ) -> Callable[[State], dict]: # Global state -> measurements
     "The measure of a federation: validation, and for the record test and gates."
-    valid, tests = (task.batches(part, task.gates(model, part)) for part in ('valid', 'test'))
+    valid, tests = (task.batches(part, task.gates(model, part)) if part == 'valid' or test else None for part in ('valid', 'test'))
     probe = gate_probe(model, next(iter(task.batches('valid')))[0][:n_probe]) if test else None
     def measure(state):
         trained_copy(model).load_state_dict(state, strict=False)
