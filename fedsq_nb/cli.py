@@ -74,13 +74,16 @@ def parse(
 # %% ../nbs/90_cli.ipynb #a95e9a1c
 _OWN = {'report': ['--baseline', '--json'], 'bench': ['--nets', '--weights', '--turns', '--threads', '--device', '--out', '--json']}
 
-# %% ../nbs/90_cli.ipynb #36de59ff
+# %% ../nbs/90_cli.ipynb #86aea894
 def config_of(
     args: argparse.Namespace, # From `parse`
 ) -> Config:
     "The configuration that a command line asks for. Raises `InputError` as `Config` and `read_toml` do."
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    config = Config(**(read_toml(args.config) if args.config else {}) | given)
+    stored = Path(given.get('out', ''))/'config.toml'
+    base = read_toml(stored) if given.get('resume') and given.get('out') and stored.is_file() else read_toml(args.config) if args.config else {}
+    config = Config(**base | given)
+    if config.resume and not config.out: raise InputError('resume needs the folder of the run that was stopped: give it with --out')
     if config.out: return config
     return dataclasses.replace(config, out=str(Path('runs')/f"{Path(config.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'plain', 'gated', 'no_callbacks', 'proximal', 'Method', 'Config', 'coerce', 'check', 'fixed_rates',
-           'read_toml', 'resolve', 'Task', 'load_task', 'gate_probe', 'measure_with', 'run', 'try_rate', 'calibrate',
-           'claim', 'append_row', 'write_config', 'partition_card', 'Comparison', 'cpu_threads', 'compare']
+           'read_toml', 'resolve', 'Task', 'load_task', 'gate_probe', 'measure_with', 'run', 'run_settings', 'try_rate',
+           'calibrate', 'claim', 'append_row', 'write_config', 'partition_card', 'Comparison', 'cpu_threads', 'compare',
+           'go_on']
 
-# %% ../nbs/70_experiment.ipynb #a2b551ec
-import contextlib, dataclasses, errno, json, os, tomllib, typing
+# %% ../nbs/70_experiment.ipynb #92ad9075
+import contextlib, dataclasses, errno, functools, hashlib, json, os, shutil, tomllib, typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from .core import InputError, State, atomic_write, check_name, pick_device, rng,
 from .cache import GateCache, cache_key, gate_cache, plan, verdict
 from .data import Augment, Batches, Splits, load_data
 from .dualcopy import OPTIONS, DualCopy, gate_function
-from .federate import Diverged, Federation
+from .federate import Diverged, Federation, Processes, serial
 from .gates import disagreement
 from .learner import FedProx, LocalTraining, constant_state, evaluate, shared_state, trained_copy
 from .partition import class_counts, dirichlet, iid, partition_hash
@@ -46,7 +47,7 @@ class Method:
 
 METHODS = {'fedavg': Method(), 'fedprox': Method(callbacks=proximal), 'fedsq': Method(parametrise=gated)}
 
-# %% ../nbs/70_experiment.ipynb #0798a89a
+# %% ../nbs/70_experiment.ipynb #340480b0
 def _opt(default, help: str): return dataclasses.field(default=default, metadata={'help': help})
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,11 @@ class Config:
     skip_bad: bool = _opt(False, 'Leave unreadable images out and count them')
     device: str = _opt('auto', 'auto, cpu or cuda')
     threads: int = _opt(1, 'CPU threads; the last bits of the results depend on it')
+    workers: int = _opt(1, 'Processes that train clients side by side; the results do not depend on it')
+    client_seconds: float = _opt(0., 'With workers: a client that takes longer is left out of its round; 0: no limit')
     out: str = _opt('', 'Folder for the results')
     overwrite: bool = _opt(False, 'Replace the results of an earlier run in that folder')
+    resume: bool = _opt(False, 'Go on with the run in that folder, with the same settings, where it was stopped')
     save_weights: bool = _opt(True, 'Keep the final weights of every run')
 
     def __post_init__(self):
@@ -129,9 +133,9 @@ def coerce(
         wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}.get(kind, 'a list')
         raise InputError(f'{name} {value!r} is not {wanted}') from None
 
-# %% ../nbs/70_experiment.ipynb #39ba0d66
+# %% ../nbs/70_experiment.ipynb #a560487d
 _AT_LEAST = {'clients': 1, 'per_round': 0, 'min_size': 1, 'rounds': 1, 'local_epochs': 1, 'batch_size': 0, 'calibration_rounds': 0, 'calibration_seeds': 1,
-             'seeds': 1, 'seed': 0, 'max_train': 0, 'crop': 0, 'views': 0, 'cache_bytes': 0, 'threads': 1, 'size': 0, 'momentum': 0., 'weight_decay': 0., 'mu': 0.}
+             'seeds': 1, 'seed': 0, 'max_train': 0, 'crop': 0, 'views': 0, 'cache_bytes': 0, 'threads': 1, 'workers': 1, 'client_seconds': 0., 'size': 0, 'momentum': 0., 'weight_decay': 0., 'mu': 0.}
 _CHOICES = {'head': ('stock', 'light'), 'bn': ('frozen', 'train'), **OPTIONS, 'unknown': ('error', 'plain'), 'cache_type': ('float16', 'bfloat16', 'float32'), 'partition': ('dirichlet', 'iid'),
             'calibration': ('federated', 'centralised')}
 
@@ -300,7 +304,7 @@ def measure_with(
         return row | {'gate_disagreement': probe(), 'weights': state_hash(state)}
     return measure
 
-# %% ../nbs/70_experiment.ipynb #a9f2d3bd
+# %% ../nbs/70_experiment.ipynb #3bf8db7f
 def run(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`
@@ -312,18 +316,42 @@ def run(
     test: bool = True, # Measure the test part and the gates too?
     on_row: Callable[[dict], None] = lambda row: None, # Told each row as it is made
     say: Callable[[str], None] = lambda message: None, # Told of a divergence
+    checkpoints: Path | None = None, # Folder for this run's checkpoints; one that is there already is gone on from
 ) -> Federation: # With `rows` and the final `state`
-    "Play one federation. A divergence ends it early and shows in its last row."
+    "Play one federation, or go on with it. A divergence ends it early and shows in its last row."
     c, m, parts = task.config, METHODS[method], task.parts(seed) if parts is None else parts
     model = m.parametrise(task.network(seed), c).to(c.device)
     train = LocalTraining(model, task.splits.train, parts, task.form, lr=lr, epochs=c.local_epochs, batch_size=c.batch_size, momentum=c.momentum,
-                          weight_decay=c.weight_decay, augment=task.augment, gates=task.gates(model, 'train', say), callbacks=lambda: m.callbacks(c), seed=seed, device=c.device)
+                          weight_decay=c.weight_decay, augment=task.augment, gates=task.gates(model, 'train', say), callbacks=functools.partial(m.callbacks, c), seed=seed, device=c.device)
     fed = Federation(shared_state(model), len(parts), train, measure=measure_with(task, model, test), rule=m.rule(), seed=seed,
                      per_round=min(c.per_round, len(parts)) or None, once_bytes=serialised_bytes(constant_state(model)),
                      on_row=lambda row: on_row({'method': method, 'seed': seed, 'lr': lr, **row}))
-    try: fed.fit(rounds or c.rounds)
-    except Diverged as e: say(f'{method}, seed {seed}, learning rate {lr:g}: {e}')
+    if checkpoints: _keep_checkpoints(fed, checkpoints, [run_settings(c), method, seed, lr], say)
+    with _executor(c) as fed.execute:
+        try: fed.fit((rounds or c.rounds) - max(len(fed.rows) - 1, 0))
+        except Diverged as e: say(f'{method}, seed {seed}, learning rate {lr:g}: {e}')
     return fed
+
+def _executor(c: Config) -> contextlib.AbstractContextManager:
+    "Who trains the clients."
+    if c.workers > 1 and c.device != 'cpu': raise InputError(f'workers {c.workers} share a CPU, not {c.device!r}: use workers=1 there')
+    return Processes(c.workers, c.client_seconds or None) if c.workers > 1 else contextlib.nullcontext(serial)
+
+def _keep_checkpoints(fed: Federation, folder: Path, what: list, say: Callable[[str], None]) -> None:
+    "Go on where the newest checkpoint stands, and write one after each round."
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    if fed.restore(folder, key, say):
+        for row in fed.rows: fed.on_row(row)
+    fed.on_round = lambda: fed.save(folder, key)
+
+# %% ../nbs/70_experiment.ipynb #b0177ab4
+_CARRIED_OUT = ('out', 'overwrite', 'resume', 'workers', 'client_seconds', 'cache', 'cache_bytes', 'save_weights')
+
+def run_settings(
+    config: Config, # Settings
+) -> dict: # Those that decide the results, as JSON can hold them
+    "The settings that make a run what it is."
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items() if k not in _CARRIED_OUT}
 
 # %% ../nbs/70_experiment.ipynb #dd795e50
 def try_rate(
@@ -431,7 +459,7 @@ def cpu_threads(n: int) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/70_experiment.ipynb #0e5658df
+# %% ../nbs/70_experiment.ipynb #d2be3cfb
 def compare(
     config: Config, # The settings
     *,
@@ -440,24 +468,49 @@ def compare(
 ) -> Comparison:
     "Run every method on every seed. Raises `InputError` before anything is written or trained if a setting cannot be used."
     with cpu_threads(config.threads):
-        if config.out: claim(config.out, config.overwrite, look=True)
+        again = config.resume and bool(config.out) and (Path(config.out)/'config.toml').is_file()
+        over = config.overwrite or config.resume
+        if config.out and not again: claim(config.out, over, look=True)
         task = load_task(config)
-        folder = claim(config.out, config.overwrite) if config.out else None
+        rates, tried = go_on(Path(config.out), task.config) if again else (dict(fixed_rates(config)), [])
+        folder = Path(config.out) if again else claim(config.out, over) if config.out else None
         for note in task.notes: say(note)
-        rates, tried = dict(fixed_rates(config)), []
-        if folder:
+        if folder and not again:
+            shutil.rmtree(folder/'checkpoints', ignore_errors=True)
+            (folder/'checkpoints').mkdir()  # it is there for as long as the run is not complete
             atomic_write(folder/'partition.json', json.dumps(partition_card(task)))
             write_config(folder, task.config, rates)
-        if not rates: rates, tried = _calibrate_all(task, folder, say, on_row)
+        if not set(rates) >= set(config.methods): rates, tried = _calibrate_all(task, folder, say, on_row, rates, tried)
         rows, weights = _run_all(task, rates, folder, say, on_row)
+        if folder: shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     return Comparison(task.config, rates, pd.DataFrame(rows), pd.DataFrame(tried), weights, folder)
 
-# %% ../nbs/70_experiment.ipynb #840f4c05
-def _calibrate_all(task: Task, folder: Path | None, say: Callable, on_row: Callable) -> tuple[dict[str, float], list[dict]]:
-    "Calibrate every method, and write down what was tried."
-    rates, tried = {}, []
-    say('calibrating the learning rate of ' + ', '.join(task.config.methods))
-    for method in task.config.methods:
+# %% ../nbs/70_experiment.ipynb #0dd2c2c5
+def go_on(
+    folder: Path, # The folder of a run that was stopped
+    config: Config, # The settings now, nothing left `auto`
+) -> tuple[dict[str, float], list[dict]]: # Rates chosen so far, and the rows of their calibration
+    "Get a stopped run ready to go on. Raises `InputError` with the difference when the settings are not the run's."
+    if not (folder/'checkpoints').is_dir(): raise InputError(f'resume: the run in {str(folder)!r} is complete; "fedsq report" makes its page again')
+    now, then = run_settings(config), run_settings(Config(**read_toml(folder/'config.toml')))
+    if differ := [f'{k} was {then[k]!r} and is {now[k]!r}' for k in now if now[k] != then[k]]:
+        raise InputError(f'resume: the run in {str(folder)!r} has other settings: {"; ".join(differ)}; give the same, or another folder')
+    rates = tomllib.loads((folder/'config.toml').read_text(encoding='utf-8')).get('chosen', {}).get('rates', {})
+    path = folder/'calibration.jsonl'
+    lines = [line for line in path.read_text().splitlines() if line.endswith('}')] if path.exists() else []
+    tried = [row for row in map(json.loads, lines) if row['method'] in rates]
+    if tried: atomic_write(path, ''.join(json.dumps(row) + '\n' for row in tried))
+    else: path.unlink(missing_ok=True)
+    (folder/'rounds.jsonl').unlink(missing_ok=True)  # written again from the checkpoints
+    return rates, tried
+
+# %% ../nbs/70_experiment.ipynb #06f071ea
+def _calibrate_all(task: Task, folder: Path | None, say: Callable, on_row: Callable, rates: dict, tried: list) -> tuple[dict[str, float], list[dict]]:
+    "Calibrate every method that has no rate yet, and write down what was tried."
+    rates, tried = dict(rates), list(tried)
+    left = [m for m in task.config.methods if m not in rates]
+    say('calibrating the learning rate of ' + ', '.join(left))
+    for method in left:
         rates[method], rows = calibrate(task, method, on_row)
         tried += rows
         say(f'{method}: learning rate {rates[method]:g}, chosen from ' + ', '.join(f"{r['lr']:g}" for r in rows))
@@ -466,7 +519,7 @@ def _calibrate_all(task: Task, folder: Path | None, say: Callable, on_row: Calla
             write_config(folder, task.config, rates)
     return rates, tried
 
-# %% ../nbs/70_experiment.ipynb #116aaa68
+# %% ../nbs/70_experiment.ipynb #86b19b7b
 def _run_all(task: Task, rates: dict[str, float], folder: Path | None, say: Callable, on_row: Callable) -> tuple[list[dict], dict]:
     "Every method on every seed; rows go to the folder as they are made, weights at the end of each run."
     rows, weights = [], {}
@@ -476,7 +529,8 @@ def _run_all(task: Task, rates: dict[str, float], folder: Path | None, say: Call
         on_row(row)
     for seed in _seeds(task.config):
         for method in task.config.methods:
-            state = run(task, method, seed, rates[method], on_row=keep, say=say).state
+            kept = folder/'checkpoints'/f'{method}-{seed}' if folder else None
+            state = run(task, method, seed, rates[method], on_row=keep, say=say, checkpoints=kept).state
             if not folder: weights[method, seed] = state
             elif task.config.save_weights:
                 (folder/'weights').mkdir(exist_ok=True)

@@ -95,7 +95,7 @@ class FedProx(Callback):
         for p, start in zip(self.trained, self.start):
             if p.grad is not None: p.grad.add_(p.detach() - start, alpha=self.mu)
 
-# %% ../nbs/40_learner.ipynb #744c5a69
+# %% ../nbs/40_learner.ipynb #e2ad2ca7
 @dataclasses.dataclass
 class LocalTraining:
     "One client's local training: `(global state, client, round) -> Update`."
@@ -114,6 +114,8 @@ class LocalTraining:
     callbacks: Callable[[], Iterable[Callback]] = tuple # Makes the client algorithm's callbacks, fresh for each day: `lambda: [FedProx(0.1)]`
     seed: int = 0 # The run's seed
     device: torch.device | str = 'cpu' # Where to compute
+
+    def cost(self, client: int) -> int: return len(self.parts[client])  # images of a day, which an executor may plan by
 
     def batches(self, client: int, round: int) -> Batches: # The client's images in the order of that round
         stream = lambda what: rng(self.seed, 'round', round, 'client', client, what)
