@@ -74,7 +74,7 @@ def parse(
 # %% ../nbs/90_cli.ipynb #a95e9a1c
 _OWN = {'report': ['--baseline', '--json'], 'bench': ['--nets', '--weights', '--turns', '--threads', '--device', '--out', '--json']}
 
-# %% ../nbs/90_cli.ipynb #86aea894
+# %% ../nbs/90_cli.ipynb #2edf54ef
 def config_of(
     args: argparse.Namespace, # From `parse`
 ) -> Config:
@@ -82,6 +82,8 @@ def config_of(
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     stored = Path(given.get('out', ''))/'config.toml'
     base = read_toml(stored) if given.get('resume') and given.get('out') and stored.is_file() else read_toml(args.config) if args.config else {}
+    if given.get('resume') and not stored.is_file() and not set(given) - {'resume', 'out'} and not args.config:
+        raise InputError(f"resume: there is no run in {given.get('out', '')!r}: give the folder that --out named")
     config = Config(**base | given)
     if config.resume and not config.out: raise InputError('resume needs the folder of the run that was stopped: give it with --out')
     if config.out: return config

@@ -133,7 +133,7 @@ def coerce(
         wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}.get(kind, 'a list')
         raise InputError(f'{name} {value!r} is not {wanted}') from None
 
-# %% ../nbs/70_experiment.ipynb #a560487d
+# %% ../nbs/70_experiment.ipynb #432f5519
 _AT_LEAST = {'clients': 1, 'per_round': 0, 'min_size': 1, 'rounds': 1, 'local_epochs': 1, 'batch_size': 0, 'calibration_rounds': 0, 'calibration_seeds': 1,
              'seeds': 1, 'seed': 0, 'max_train': 0, 'crop': 0, 'views': 0, 'cache_bytes': 0, 'threads': 1, 'workers': 1, 'client_seconds': 0., 'size': 0, 'momentum': 0., 'weight_decay': 0., 'mu': 0.}
 _CHOICES = {'head': ('stock', 'light'), 'bn': ('frozen', 'train'), **OPTIONS, 'unknown': ('error', 'plain'), 'cache_type': ('float16', 'bfloat16', 'float32'), 'partition': ('dirichlet', 'iid'),
@@ -154,6 +154,7 @@ def check(
     for name in ('valid_fraction', 'test_fraction'):
         if not 0 < getattr(config, name) < 1: raise InputError(f'{name} {getattr(config, name)!r} must lie between 0 and 1')
     if not config.rates or not all(0 < r < float('inf') for r in config.rates): raise InputError(f'rates {config.rates!r} must be numbers above 0')
+    if config.workers > 1 and config.threads > 1: raise InputError(f'workers {config.workers} have one thread each: leave threads at 1, not {config.threads}')
     if config.per_round > config.clients: raise InputError(f'per_round {config.per_round} must be from 1 to the {config.clients} clients')
     fixed_rates(config)
 
@@ -426,10 +427,10 @@ def append_row(
     "Append one line of JSON in a single write."
     with open(path, 'ab', buffering=0) as f: f.write(json.dumps(row).encode() + b'\n')
 
-# %% ../nbs/70_experiment.ipynb #da765f72
+# %% ../nbs/70_experiment.ipynb #a708ecea
 def write_config(folder: Path, config: Config, rates: dict[str, float]) -> None:
     "Write every setting, and the rates chosen so far."
-    atomic_write(folder/'config.toml', tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    atomic_write(folder/'config.toml', tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items() if k not in ('resume', 'overwrite')}
                                                     | {'chosen': {'rates': rates}}))
 
 def partition_card(task: Task) -> dict:
@@ -459,7 +460,7 @@ def cpu_threads(n: int) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/70_experiment.ipynb #d2be3cfb
+# %% ../nbs/70_experiment.ipynb #d46cf2ca
 def compare(
     config: Config, # The settings
     *,
@@ -469,23 +470,22 @@ def compare(
     "Run every method on every seed. Raises `InputError` before anything is written or trained if a setting cannot be used."
     with cpu_threads(config.threads):
         again = config.resume and bool(config.out) and (Path(config.out)/'config.toml').is_file()
-        over = config.overwrite or config.resume
-        if config.out and not again: claim(config.out, over, look=True)
+        if config.out and not again: claim(config.out, config.overwrite, look=True)
         task = load_task(config)
         rates, tried = go_on(Path(config.out), task.config) if again else (dict(fixed_rates(config)), [])
-        folder = Path(config.out) if again else claim(config.out, over) if config.out else None
+        folder = Path(config.out) if again else claim(config.out, config.overwrite) if config.out else None
         for note in task.notes: say(note)
         if folder and not again:
             shutil.rmtree(folder/'checkpoints', ignore_errors=True)
             (folder/'checkpoints').mkdir()  # it is there for as long as the run is not complete
-            atomic_write(folder/'partition.json', json.dumps(partition_card(task)))
             write_config(folder, task.config, rates)
+        if folder: atomic_write(folder/'partition.json', json.dumps(partition_card(task)))
         if not set(rates) >= set(config.methods): rates, tried = _calibrate_all(task, folder, say, on_row, rates, tried)
         rows, weights = _run_all(task, rates, folder, say, on_row)
         if folder: shutil.rmtree(folder/'checkpoints', ignore_errors=True)
     return Comparison(task.config, rates, pd.DataFrame(rows), pd.DataFrame(tried), weights, folder)
 
-# %% ../nbs/70_experiment.ipynb #0dd2c2c5
+# %% ../nbs/70_experiment.ipynb #f815247f
 def go_on(
     folder: Path, # The folder of a run that was stopped
     config: Config, # The settings now, nothing left `auto`
@@ -502,6 +502,8 @@ def go_on(
     if tried: atomic_write(path, ''.join(json.dumps(row) + '\n' for row in tried))
     else: path.unlink(missing_ok=True)
     (folder/'rounds.jsonl').unlink(missing_ok=True)  # written again from the checkpoints
+    for name in (*_FILES, '.claim', 'weights/*.safetensors'):  # what was being written when the run was killed
+        for half in (folder/name).parent.glob(f'.{Path(name).name}.*'): half.unlink(missing_ok=True)
     return rates, tried
 
 # %% ../nbs/70_experiment.ipynb #06f071ea

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LocalTrainer', 'sample_clients', 'serial', 'WorkerLost', 'Processes', 'Diverged', 'Federation']
 
-# %% ../nbs/60_federate.ipynb #bcddeac7
-import dataclasses, hashlib, json, math, mmap, multiprocessing, os, signal, time
+# %% ../nbs/60_federate.ipynb #9b94cff7
+import dataclasses, hashlib, json, math, mmap, multiprocessing, os, signal, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -47,7 +47,7 @@ def serial(
         try: yield client, train(state, client, round)
         except Exception as e: yield client, e
 
-# %% ../nbs/60_federate.ipynb #66667444
+# %% ../nbs/60_federate.ipynb #cf2abfd9
 class _Shelf:
     "Memory that several processes map, with room for one state."
     def __init__(self, like: State):
@@ -62,24 +62,26 @@ class _Shelf:
         return torch.frombuffer(self.memory, dtype=dtype, count=shape.numel(), offset=at).view(shape) if shape.numel() else torch.empty(shape, dtype=dtype)
 
     def put(self, state: State) -> bool: # False when `state` is not what there is room for
-        if {n: (t.shape, t.dtype) for n, t in state.items()} != {n: p[1:] for n, p in self.places.items()}: return False
+        kind = {n: (t.shape, t.dtype) if isinstance(t, torch.Tensor) else None for n, t in state.items()}
+        if kind != {n: p[1:] for n, p in self.places.items()}: return False
         for name, t in state.items(): self._view(name).copy_(t)
         return True
 
     def take(self) -> State: # In memory of its own
         return copy_state({name: self._view(name) for name in self.places})
 
-# %% ../nbs/60_federate.ipynb #865f715d
-def _work(train: LocalTrainer, pipe: Connection, down: _Shelf, up: _Shelf, threads: int) -> None:
+# %% ../nbs/60_federate.ipynb #a3c35cb5
+def _stay_with(parent: int) -> None:
+    "End this process when its parent is gone, whatever it is doing."
+    while os.getppid() == parent: time.sleep(0.5)
+    os._exit(1)
+
+def _work(train: LocalTrainer, pipe: Connection, down: _Shelf, up: _Shelf) -> None:
     "A worker's life."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-    torch.set_num_threads(threads)
+    threading.Thread(target=_stay_with, args=(os.getppid(),), daemon=True).start()
     while True:
-        while not pipe.poll(1.):
-            if os.getppid() != parent: return
         order = pipe.recv()
-        if order is None: return
         try:
             update = train(down.take(), *order)
             here = isinstance(update, Update) and up.put(update.state)
@@ -88,24 +90,26 @@ def _work(train: LocalTrainer, pipe: Connection, down: _Shelf, up: _Shelf, threa
 
 class _Worker:
     "A worker process as its parent sees it."
-    def __init__(self, train: LocalTrainer, state: State, down: _Shelf, threads: int):
+    def __init__(self, train: LocalTrainer, state: State, down: _Shelf):
         self.pipe, there = multiprocessing.Pipe()
         self.up, self.client, self.since = _Shelf(state), None, 0.
         context = multiprocessing.get_context('fork')
-        self.process = context.Process(target=_work, args=(train, there, down, self.up, threads), daemon=True)
+        self.process = context.Process(target=_work, args=(train, there, down, self.up), daemon=True)
         self.process.start()
         there.close()
 
-    def give(self, client: int, round: int) -> None:
+    def give(self, client: int, round: int) -> bool: # False when the process is gone
+        try: self.pipe.send((client, round))
+        except OSError: return False
         self.client, self.since = client, time.monotonic()
-        self.pipe.send((client, round))
+        return True
 
     def stop(self) -> None:
         self.process.kill()
         self.process.join()
         self.pipe.close()
 
-# %% ../nbs/60_federate.ipynb #01d439f6
+# %% ../nbs/60_federate.ipynb #9612acc1
 class WorkerLost(RuntimeError):
     "The process that trained a client is gone, or took too long."
 
@@ -128,15 +132,17 @@ class Processes:
 
     def _ready(self, train: LocalTrainer, state: State) -> None: # A team for this local training and states like this
         kind = {n: (t.shape, t.dtype) for n, t in state.items()}
+        if torch.get_num_threads() > 1: raise InputError(f'workers have one thread each, and this process has {torch.get_num_threads()}: call torch.set_num_threads(1) first, or use threads=1')
         if self.train is not train or self.kind != kind:
             self.close()
             self.train, self.kind, self.down = train, kind, _Shelf(state)
         self.down.put(state)
 
-    def _hire(self, state: State) -> None:
-        while len(self.team) < self.workers: self.team.append(_Worker(self.train, state, self.down, torch.get_num_threads()))
+    def _hire(self, state: State) -> None: # Replace who is gone
+        for w in [w for w in self.team if not w.process.is_alive() and w.client is None]: self._dismiss(w)
+        while len(self.team) < self.workers: self.team.append(_Worker(self.train, state, self.down))
 
-# %% ../nbs/60_federate.ipynb #f293dfc5
+# %% ../nbs/60_federate.ipynb #b2bb4502
 @patch
 def __call__(self: Processes,
     train: LocalTrainer, # Local training; if it has `cost(client)`, the dearest clients go first
@@ -152,8 +158,8 @@ def __call__(self: Processes,
         while todo or any(w.client is not None for w in self.team):
             self._hire(state)
             for w in self.team:
-                if todo and w.client is None: w.give(todo.pop(), round)
-            yield from self._arrivals()
+                if todo and w.client is None and w.give(todo[-1], round): todo.pop()
+            if any(w.client is not None for w in self.team): yield from self._arrivals()
     finally:
         for w in [w for w in self.team if w.client is not None]: self._dismiss(w)  # nobody waits for them any more
 
@@ -251,7 +257,7 @@ def keep(self: Federation, row: dict) -> None:
     self.rows.append(row)
     self.on_row(row)
 
-# %% ../nbs/60_federate.ipynb #dbbabc1b
+# %% ../nbs/60_federate.ipynb #0ad10b04
 @patch
 def collect(self: Federation,
     round: int, # Which round
@@ -259,7 +265,7 @@ def collect(self: Federation,
 ) -> tuple[list[Update], list[dict], int]: # Good updates, failures, and the bytes that arrived
     "Have the clients trained and part the good updates from the others."
     done = dict(self.execute(self.train, self.state, clients, round))
-    arrived = [u for u in done.values() if isinstance(u, Update)]
+    arrived = [u for u in done.values() if isinstance(u, Update) and all(isinstance(t, torch.Tensor) for t in u.state.values())]
     broken = [{'client': c, 'reason': f'{type(u).__name__}: {u}' if not isinstance(u, Update) else f'sent in the name of client {u.client}'}
               for c, u in done.items() if not isinstance(u, Update) or u.client != c]
     good, refused = sift([u for c, u in done.items() if isinstance(u, Update) and u.client == c], self.state, round=round)
@@ -323,7 +329,7 @@ def save(self: Federation,
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
     return path
 
-# %% ../nbs/60_federate.ipynb #37c99b87
+# %% ../nbs/60_federate.ipynb #282386b9
 def _read_checkpoint(path: Path) -> tuple[State, dict]: # Tensors, and what is noted beside them
     "Raises `ValueError` for a file that is damaged."
     try:
@@ -342,9 +348,12 @@ def restore(self: Federation,
     "Go back to the newest good checkpoint. Raises `InputError` for one of another run."
     for path in sorted(folder.glob('round-*.safetensors'), reverse=True):
         try: tensors, note = _read_checkpoint(path)
-        except ValueError as e: say(f'checkpoint {path.name} is damaged ({e}); going back to the one before'); continue
+        except ValueError as e:
+            say(f'checkpoint {path.name} is damaged ({e}); going back to the one before')
+            path.unlink(missing_ok=True)
+            continue
         if note['key'] != key: raise InputError(f'checkpoint {str(path)!r} belongs to another run: its settings differ')
-        self.state = {n.removeprefix('state/'): t for n, t in tensors.items() if n.startswith('state/')}
+        self.state = {n: tensors[f'state/{n}'] for n in self.state}  # in the order that sums are taken in
         self.rule.load_state_dict(note['rule'] | {n.removeprefix('rule/'): t for n, t in tensors.items() if n.startswith('rule/')})
         self.rows, self.met = note['rows'], set(note['met'])
         return True
