@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'parse', 'config_of', 'Progress', 'fingerprint', 'show', 'run_compare', 'run_report', 'run_bench', 'main']
 
-# %% ../nbs/90_cli.ipynb #ffcdf149
+# %% ../nbs/90_cli.ipynb #b8084ae1
 import argparse, dataclasses, hashlib, json, sys, time, typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +15,10 @@ from pandas import DataFrame
 
 from . import __version__
 from .bench import NETS, bench_dualcopy, bench_table, machine
+from .bench_engine import SHAPES, bench_engine, engine_table
 from .core import InputError, atomic_write, check_name, pick_device
 from .experiment import Comparison, Config, coerce, compare, cpu_threads, read_toml
+from .federate import RoundVoid
 from .report import headline, missing, notes, read_rows, records, report, table, text_table
 
 # %% ../nbs/90_cli.ipynb #d455a93a
@@ -32,7 +34,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         if f.type is bool: parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else: parser.add_argument(option, default=argparse.SUPPRESS, metavar='X', help=text)
 
-# %% ../nbs/90_cli.ipynb #863a7f8b
+# %% ../nbs/90_cli.ipynb #259871cd
 def parser() -> argparse.ArgumentParser:
     "The command line of `fedsq`."
     top = _Parser(prog='fedsq', description='Federated fine-tuning with fixed gates (FedSQ), compared with its baselines.', allow_abbrev=False)
@@ -48,10 +50,11 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument('folder', help='folder that a run wrote')
     r.add_argument('--baseline', default='', help='method that the others are compared with [the first of the run]')
     r.add_argument('--json', action='store_true', help='print the table as JSON')
-    b = commands.add_parser('bench', help='measure what fixed gates cost here', allow_abbrev=False,
+    b = commands.add_parser('bench', help='measure what fixed gates and the engine cost here', allow_abbrev=False,
                             description='Time training steps and inference side by side, and print ratios: median [smallest, largest] over the turns.')
-    b.add_argument('what', choices=['dualcopy'], help='dualcopy: a FedSQ step against a FedAvg step, with stored gates and without')
+    b.add_argument('what', choices=['dualcopy', 'engine'], help='dualcopy: a FedSQ step against a FedAvg step, with stored gates and without; engine: a federation against a bare loop')
     b.add_argument('--nets', default=','.join(NETS), metavar='X', help='networks with their image size, separated by commas [%(default)s]')
+    b.add_argument('--shapes', default=','.join(SHAPES), metavar='X', help='engine: federations to time, separated by commas [%(default)s]')
     b.add_argument('--weights', default='', metavar='X', help='weights by network, as alexnet=FILE,resnet18=FILE [random]')
     b.add_argument('--turns', default='7', metavar='X', help='how often each job is timed [%(default)s]')
     b.add_argument('--threads', default='1', metavar='X', help='CPU threads [%(default)s]')
@@ -71,8 +74,8 @@ def parse(
         check_name(extra[0].split('=')[0], valid, 'option')
     return args
 
-# %% ../nbs/90_cli.ipynb #a95e9a1c
-_OWN = {'report': ['--baseline', '--json'], 'bench': ['--nets', '--weights', '--turns', '--threads', '--device', '--out', '--json']}
+# %% ../nbs/90_cli.ipynb #1e91ac47
+_OWN = {'report': ['--baseline', '--json'], 'bench': ['--nets', '--shapes', '--weights', '--turns', '--threads', '--device', '--out', '--json']}
 
 # %% ../nbs/90_cli.ipynb #2edf54ef
 def config_of(
@@ -138,7 +141,11 @@ def show(
     if as_json: return print(json.dumps(records(rows, baseline), indent=1))
     print(text_table(table(rows, baseline)), '', headline(rows, baseline), *notes(rows), f'Final weights: {fingerprint(rows)}', sep='\n')
 
-# %% ../nbs/90_cli.ipynb #9a1f65e2
+# %% ../nbs/90_cli.ipynb #f2b61af4
+def _words(e: Exception) -> str:
+    "An error in one line."
+    return f'{e.strerror or e}{f": {e.filename}" if e.filename else ""}' if isinstance(e, OSError) else str(e)
+
 def run_compare(args: argparse.Namespace) -> int:
     "`fedsq compare`: run, print, report."
     config = config_of(args)
@@ -148,6 +155,10 @@ def run_compare(args: argparse.Namespace) -> int:
         partial = (Path(config.out)/'rounds.jsonl').exists()
         progress.say('stopped' + (f'; the rows so far are in {config.out}, and "fedsq report {config.out}" makes a page of them' if partial else ''))
         return 130
+    except (OSError, RoundVoid) as e:
+        if not (Path(config.out)/'checkpoints').is_dir(): raise
+        progress.say(f'fedsq: {_words(e)}; mend that and go on with: fedsq compare --resume --out {config.out}')
+        return 1
     if progress.bar: sys.stderr.write('\r\033[K')
     page = report(result.folder, baseline=config.methods[0])
     show(result.rows, config.methods[0], args.json)
@@ -170,16 +181,16 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.out and not Path(args.out).resolve().parent.is_dir(): raise InputError(f'out {args.out!r}: there is no such folder')
     weights = dict(pair.split('=', 1) for pair in args.weights.split(',') if '=' in pair)
     if args.weights.count('=') != len(list(filter(None, args.weights.split(',')))): raise InputError(f'weights {args.weights!r} must be pairs such as alexnet=FILE')
-    with cpu_threads(threads):
-        rows = bench_dualcopy([n.strip() for n in args.nets.split(',')], weights=weights, turns=turns, device=str(pick_device(args.device)),
-                              say=lambda note: sys.stderr.write(note + '\n'))
+    say = lambda note: sys.stderr.write(note + '\n')
+    with cpu_threads(1 if args.what == 'engine' else threads):
+        rows = bench_engine([n.strip() for n in args.shapes.split(',')], turns=turns, say=say) if args.what == 'engine' else bench_dualcopy([n.strip() for n in args.nets.split(',')], weights=weights, turns=turns, device=str(pick_device(args.device)), say=say)
     lines = rows.to_json(orient='records', lines=True)
     if args.out: atomic_write(args.out, lines)
     if args.json: print(lines, end='')
-    else: print(text_table(bench_table(rows).set_index('network').T.rename_axis('').reset_index()), '', ', '.join(f'{k}: {rows[k].iloc[0]}' for k in machine()), sep='\n')
+    else: print(text_table(engine_table(rows) if args.what == 'engine' else bench_table(rows).set_index('network').T.rename_axis('').reset_index()), '', ', '.join(f'{k}: {rows[k].iloc[0]}' for k in machine()), sep='\n')
     return 0
 
-# %% ../nbs/90_cli.ipynb #4a5b2622
+# %% ../nbs/90_cli.ipynb #2cdc8e2a
 def main(
     argv: Sequence[str] | None = None, # By default the process's own arguments
 ) -> int: # Exit status
@@ -189,5 +200,5 @@ def main(
         if not args.command: parser().print_help(); return 0
         return {'compare': run_compare, 'report': run_report, 'bench': run_bench}[args.command](args)
     except InputError as e: sys.stderr.write(f'fedsq: {e}\n'); return 2
-    except OSError as e: sys.stderr.write(f'fedsq: {e.strerror or e}{f": {e.filename}" if e.filename else ""}\n'); return 1
+    except (OSError, RoundVoid) as e: sys.stderr.write(f'fedsq: {_words(e)}\n'); return 1
     except KeyboardInterrupt: sys.stderr.write('stopped\n'); return 130

@@ -88,7 +88,7 @@ def copy_state(
     "A copy of `state` that nothing else writes to."
     return {k: v.detach().to('cpu', copy=True).contiguous() for k, v in state.items()}
 
-# %% ../nbs/00_core.ipynb #081d13f8
+# %% ../nbs/00_core.ipynb #475214e8
 @dataclasses.dataclass(frozen=True)
 class Update:
     "What one client sends to the server after its local training."
@@ -96,7 +96,8 @@ class Update:
     round: int # The round it was trained in, from 1
     state: State # The trained tensors by name
     weight: float # Its share in a weighted mean, by habit the number of images it trained on
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict) # What it measured: `train_loss`, `steps`, `seconds`
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict) # What it measured: `train_loss`, `steps`, `images`, `seconds`
+    local: State = dataclasses.field(default_factory=dict) # What the client keeps for its next day; it is not sent
 
 # %% ../nbs/00_core.ipynb #c67d2260
 def state_hash(

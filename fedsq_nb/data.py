@@ -511,17 +511,17 @@ def __len__(self: Batches) -> int:
     "Batches in one epoch."
     return len(batch_bounds(len(self.dataset), self.bs)) - 1
 
-# %% ../nbs/10_data.ipynb #9fb8807c
+# %% ../nbs/10_data.ipynb #ccd1f821
 @patch
 def prepare(self: Batches,
     x: Tensor, # uint8 (b, c, h, w)
 ) -> Tensor: # float32 (b, channels, size, size)
     "Bytes to what the network wants."
-    x = x.float() / 255
+    x = x.float().div_(255)
     if x.shape[1] > self.channels: x = (x * self.luma).sum(1, keepdim=True)
     if x.shape[-2:] != (self.size, self.size):
         x = F.interpolate(x, (self.size, self.size), mode='bilinear', antialias=True, align_corners=False)
-    return (x - self.mean) / self.std
+    return (x - self.mean).div_(self.std)
 
 # %% ../nbs/10_data.ipynb #7974b005
 @patch

@@ -306,7 +306,9 @@ def dependence(
         known[node] = Depends(images and not shape, parameters and not shape)
     return known
 
-# %% ../nbs/31_dualcopy.ipynb #8aaa4c7e
+# %% ../nbs/31_dualcopy.ipynb #1a4e21fc
+def _among(name: str, patterns: str) -> bool: return any(fnmatch.fnmatchcase(name, p.strip()) for p in patterns.split(','))
+
 def units_of(
     graph: fx.Graph, # A traced graph
     model: nn.Module, # The model it was traced from
@@ -317,7 +319,7 @@ def units_of(
     known, names = dependence(graph, model), sites_of(graph)
     units = {}
     for node in graph.nodes:
-        if not any(known[n].images for n in node.all_input_nodes) or fnmatch.fnmatchcase(names[node], plain): continue
+        if not any(known[n].images for n in node.all_input_nodes) or _among(names[node], plain): continue
         if unit := rule(*call_of(node, model), options) or _followed(node, model, names[node], options): units[names[node]] = (node, unit)
     return units
 
@@ -568,7 +570,7 @@ def cuts(
     within, names = common(graph, model), sites_of(graph)
     return {f'{names[n]}_value': (n, Unit(None, None, symbols=-1, replay=False)) for n in graph.nodes if n in within and any(u not in within for u in n.users)}
 
-# %% ../nbs/31_dualcopy.ipynb #c6490dc3
+# %% ../nbs/31_dualcopy.ipynb #b9afef80
 class DualCopy(nn.Module):
     "A network whose gates are decided by a frozen copy of itself (FedSQ, arXiv 2604.02990)."
     def __init__(self,
@@ -578,7 +580,7 @@ class DualCopy(nn.Module):
         excite: str = 'structural', # Outputs of sigmoids, as in squeeze-and-excitation: 'structural' takes the frozen copy's, 'own' its own
         attention: str = 'structural', # Attention weights: 'structural' takes the frozen copy's, 'own' its own
         norm: str = 'structural', # Scales of layer and group norms: 'structural' takes the frozen copy's, 'own' its own
-        plain: str = '', # Sites matching this shell pattern keep deciding for themselves: 'classifier*'
+        plain: str = '', # Sites matching one of these shell patterns keep deciding for themselves: 'classifier*,layer4*'
         freeze: str | int = '', # Layers that are not trained: 'features.0-5', or how many blocks; see `frozen_names`
         unknown: str = 'error', # Operations without a rule: 'error' refuses them, 'plain' lets them pass unchanged
         leaves: tuple[type, ...] = (), # Classes of modules that tracing cannot look into
@@ -606,7 +608,7 @@ class DualCopy(nn.Module):
         if gates is None and not self.training and not torch.is_grad_enabled(): return self._predict(self, x)
         return self._forward[self.training](self.quantitative, x, self.gates(x) if gates is None else gates)
 
-# %% ../nbs/31_dualcopy.ipynb #09ef265f
+# %% ../nbs/31_dualcopy.ipynb #e9446ae1
 @patch
 def _traced(self: DualCopy, training: bool) -> tuple[fx.Graph, dict[str, tuple[fx.Node, Unit]]]:
     "The graph of the quantitative copy in one mode, with its units and with what the common part hands over."
@@ -623,20 +625,20 @@ def _compile(self: DualCopy) -> None:
     live = {n.args[1] for n in given.nodes if n.target is operator.getitem and n.args[0].target == 'gates'}
     units = {s: u for s, u in units.items() if s in live or u[1].inside}
     self.symbols = {s: u.symbols for s, (_, u) in units.items()}
-    self._check(rewrite(graph, units, given=True, collect=False))
+    self._check(rewrite(graph, units, given=True, collect=False), graph)
     self._forward = {False: to_function(given), True: to_function(rewrite(in_training, {s: u for s, u in more.items() if s in units}, given=True, collect=False))}
     self._gates = to_function(rewrite(graph, units, given=False, collect=True))
     self._own = to_function(rewrite(graph, units, given=True, collect=True))
     self._predict = to_function(side_by_side(graph, units, common(graph, self.quantitative)))
 
-# %% ../nbs/31_dualcopy.ipynb #b843be1b
+# %% ../nbs/31_dualcopy.ipynb #5da5d66c
 @patch
-def _check(self: DualCopy, given: fx.Graph) -> None:
+def _check(self: DualCopy, given: fx.Graph, graph: fx.Graph) -> None:
     "Refuse what has no rule."
     if self.unknown == 'plain': return
     own = {family for family, value in self.options.items() if value != 'structural'}
-    names = sites_of(given)
-    plain = {n.name for n in given.nodes if fnmatch.fnmatchcase(names[n], self.plain)}
+    names = sites_of(graph)  # the rewritten graph has fewer calls of a module that is used twice, and would count them otherwise
+    plain = {n.name for n in graph.nodes if _among(names[n], self.plain)}
     allowed = {name for name in _SETTINGS if _FAMILY.get(name) in own}
     check_linear(given, self.quantitative, allowed, plain, products=bool(own & {'excite', 'attention'} or plain))
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['trained_copy', 'shared_names', 'shared_state', 'constant_state', 'LocalLoss', 'FedProx', 'LocalLearner', 'TrainMode',
-           'LocalTraining', 'evaluate']
+           'LocalSGD', 'Day', 'LocalTraining', 'evaluate']
 
-# %% ../nbs/40_learner.ipynb #307670f2
+# %% ../nbs/40_learner.ipynb #957968a4
 import dataclasses, math, time, warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ with warnings.catch_warnings():
     from fastai.optimizer import OptimWrapper
 
 from .backbones import FROZEN_KINDS, Format
-from .core import State, Update, copy_state, rng, seeded
+from .core import InputError, State, Update, copy_state, rng, seeded
 from .data import Augment, Batches, ImageSet
 from .dualcopy import DualCopy
 
@@ -68,19 +69,26 @@ def constant_state(
         once |= {f'structural.{n}': v for n, v in model.structural.state_dict().items() if v.data_ptr() not in there or not v.numel()}
     return copy_state(once)
 
-# %% ../nbs/40_learner.ipynb #dfa6192a
+# %% ../nbs/40_learner.ipynb #106433d2
 class LocalLoss(Callback):
-    "Averages the training loss over images, counts steps, and ends the fit when the loss is no longer finite."
+    "Averages the training loss over images, counts steps, and ends the fit when the loss is no longer finite or the steps are done."
     run_valid = False
+    def __init__(self,
+        most: int | None = None, # Steps after which the day ends; None for all
+    ): self.most = most
     def before_fit(self): self.total, self.images, self.steps = 0., 0, 0
     def after_batch(self):
-        self.total += self.learn.loss.item() * len(self.learn.yb[0])
+        loss = self.learn.loss
+        if loss.device.type == 'cpu': loss = loss.item()  # elsewhere looking at it would wait for the device, so that is left to the epoch's end
+        self.total += loss * len(self.learn.yb[0])
         self.images += len(self.learn.yb[0])
         self.steps += 1
+        if self.steps == self.most or (isinstance(loss, float) and not math.isfinite(loss)): raise CancelFitException()
+    def after_epoch(self):
         if not math.isfinite(self.total): raise CancelFitException()
 
     @property
-    def mean(self) -> float: return self.total / max(self.images, 1)
+    def mean(self) -> float: return float(self.total) / max(self.images, 1)
 
 # %% ../nbs/40_learner.ipynb #1d3fae4e
 class FedProx(Callback):
@@ -96,12 +104,14 @@ class FedProx(Callback):
         for p, start in zip(self.trained, self.start):
             if p.grad is not None: p.grad.add_(p.detach() - start, alpha=self.mu)
 
-# %% ../nbs/40_learner.ipynb #dfc5d14d
+# %% ../nbs/40_learner.ipynb #588e882f
 class LocalLearner(Learner):
     "fastai's `Learner` for a client's day: the same loop and events, told only to who listens."
     def __call__(self, event_name):
+        listeners = self._listeners(event_name)
+        if not listeners and event_name != 'after_fit': return
         within = event_name in _inner_loop
-        for cb, tell in self._listeners(event_name):
+        for cb, tell in listeners:
             if cb.run and (not within or cb.run_train): tell()
         if event_name == 'after_fit':
             for cb in self.cbs: cb.run = True
@@ -114,8 +124,16 @@ class LocalLearner(Learner):
         return table[event_name]
 
     def _set_device(self, b): return b
+    answer = None  # what stands for the network when it is called in a special way
     def _split(self, b): self.xb, self.yb = b[:-1], b[-1:]
     def _do_epoch(self): self._do_epoch_train()
+    def _do_one_batch(self):
+        self.pred = (self.answer or self.model)(*self.xb)
+        self('after_pred')
+        self.loss_grad = self.loss_func(self.pred, *self.yb)
+        self.loss = self.loss_grad.detach()
+        self('after_loss')
+        self._do_grad_opt()
 
 class TrainMode(TrainEvalCallback):
     "fastai's own first callback: training mode, and how far the day has come."
@@ -127,7 +145,54 @@ class TrainMode(TrainEvalCallback):
         learn.pct_train += 1. / (learn.n_iter*learn.n_epoch)
         learn.train_iter += 1
 
-# %% ../nbs/40_learner.ipynb #e2ad2ca7
+# %% ../nbs/40_learner.ipynb #289f8b2a
+class LocalSGD:
+    "`torch.optim.SGD`, bit by bit, for a `Learner` through fastai's `OptimWrapper`."
+    def __init__(self,
+        params: Iterable[Tensor | dict], # What is trained: tensors, or groups of them with settings of their own
+        lr: float, # Learning rate
+        momentum: float = 0., # Share of the last step that goes into the next
+        weight_decay: float = 0., # Coefficient of the L2 penalty's gradient
+    ):
+        params, common = list(params), dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.param_groups = [common | (p if isinstance(p, dict) else {'params': params}) for p in (params if params and isinstance(params[0], dict) else [None])]
+        for group in self.param_groups: group['params'] = list(group['params'])
+        self.state = defaultdict(dict)
+
+    def zero_grad(self) -> None: # Forget the gradients
+        for group in self.param_groups:
+            for p in group['params']: p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None: # Move along the gradients
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is not None: self._move(p, p.grad, group['lr'], group['momentum'], group['weight_decay'])
+
+    def _move(self, p: Tensor, grad: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+        if weight_decay: grad = grad.add(p, alpha=weight_decay)
+        if momentum:
+            state = self.state[p]
+            if 'momentum_buffer' in state: state['momentum_buffer'].mul_(momentum).add_(grad)
+            else: state['momentum_buffer'] = grad.clone()
+            grad = state['momentum_buffer']
+        p.add_(grad, alpha=-lr)
+
+# %% ../nbs/40_learner.ipynb #f4ced111
+@dataclasses.dataclass
+class Day:
+    "One client's day, as a client algorithm sees it in `learn.day`."
+    client: int # Which client
+    round: int # Which round, from 1
+    received: State # The global tensors as they came
+    local: State # What the client kept from its last day; empty on the first
+    lr: float # Learning rate
+    momentum: float # Momentum of SGD
+    counts: Callable[[], np.ndarray] # Gives the client's images of each class, int64 (classes,)
+    send: State = dataclasses.field(default_factory=dict) # To be sent besides the weights
+    keep: State = dataclasses.field(default_factory=dict) # For the client's next day
+
+# %% ../nbs/40_learner.ipynb #b2b0d6c8
 @dataclasses.dataclass
 class LocalTraining:
     "One client's local training: `(global state, client, round) -> Update`."
@@ -144,19 +209,96 @@ class LocalTraining:
     augment: Augment | None = None # How training images vary
     gates: Any = None # Stored gates of all training images, a `GateCache`
     callbacks: Callable[[], Iterable[Callback]] = tuple # Makes the client algorithm's callbacks, fresh for each day: `lambda: [FedProx(0.1)]`
+    at_home: Sequence[str] = () # Names of tensors that every client keeps to itself
+    stragglers: float = 0. # Share of the days that end early, after a share of their steps drawn evenly from 0 to 1 (at least one step)
+    encode: Callable[[State, State, State], tuple[State, State]] | None = None # How updates are compressed: (trained, received, error kept) -> (message, error to keep)
+    order: torch.memory_format = torch.contiguous_format # Memory order of images and weights
+    precision: torch.dtype = torch.float32 # Type that layers compute in, by autocast; weights stay as they are
+    compiled: bool = False # Run the network through torch.compile?
     seed: int = 0 # The run's seed
     device: torch.device | str = 'cpu' # Where to compute
+    local: dict[int, State] = dataclasses.field(default_factory=dict) # What clients have kept, by client; whoever runs the federation fills it
+
+    def __post_init__(self):
+        if self.order != torch.contiguous_format: self.model.to(memory_format=self.order)
+        self._tensors, self._learn = trained_copy(self.model).state_dict(keep_vars=True), None
+        self.first = copy_state({n: self._tensors[n] for n in self.at_home})  # what a client begins with
+        self._sent = [n for n in shared_names(self.model) if n not in self.first]
 
     def cost(self, client: int) -> int: return len(self.parts[client])  # images of a day, which an executor may plan by
 
-    def batches(self, client: int, round: int) -> Batches: # The client's images in the order of that round
-        stream = lambda what: rng(self.seed, 'round', round, 'client', client, what)
-        return Batches(self.data, self.parts[client], batch_size=self.batch_size, size=self.form.size, channels=self.form.channels,
-                       mean=self.form.mean, std=self.form.std, shuffle=stream('order'), augment=self.augment,
-                       draws=stream('augment') if self.augment else None, gates=self.gates,
-                       device=self.device)
+    def _stream(self, round: int, client: int, what: str) -> np.random.Generator: return rng(self.seed, 'round', round, 'client', client, what)
 
-# %% ../nbs/40_learner.ipynb #2d0d22a8
+# %% ../nbs/40_learner.ipynb #8699a080
+@patch
+def batches(self: LocalTraining,
+    client: int, # Which client
+    round: int, # Which round
+) -> Batches: # The client's images in the order of that round
+    "What a client trains on."
+    return Batches(self.data, self.parts[client], batch_size=self.batch_size, size=self.form.size, channels=self.form.channels, mean=self.form.mean,
+                   std=self.form.std, shuffle=self._stream(round, client, 'order'), augment=self.augment, gates=self.gates, device=self.device,
+                   draws=self._stream(round, client, 'augment') if self.augment else None)
+
+@patch
+def steps(self: LocalTraining,
+    client: int, # Which client
+    round: int, # Which round
+    whole: int, # Steps of a whole day
+) -> int | None: # None: all of them
+    "After how many steps a straggler's day ends."
+    if not self.stragglers: return None
+    draw, share = self._stream(round, client, 'straggler').random(2)
+    return max(1, int(share*whole)) if draw < self.stragglers else None
+
+# %% ../nbs/40_learner.ipynb #bc2066f0
+@patch
+def _prepared(self: LocalTraining, day: Day) -> LocalLearner:
+    "The learner, ready for a day."
+    batches, callbacks = self.batches(day.client, day.round), list(self.callbacks())
+    if self._learn is None:
+        opt = partial(OptimWrapper, opt=LocalSGD, momentum=self.momentum, weight_decay=self.weight_decay)
+        self._learn = LocalLearner(DataLoaders(batches, []), self.model, loss_func=F.cross_entropy, opt_func=opt, wd_bn_bias=True, train_bn=False,
+                                   default_cbs=False, cbs=[TrainMode(), LocalLoss()])
+        self._learn.create_opt()
+        self._learn.answer = self._special()
+    learn, loss = self._learn, self._learn.cbs[1]
+    learn.day, learn.dls.loaders[0], loss.most = day, batches, self.steps(day.client, day.round, len(batches)*self.epochs)
+    learn.opt.clear_state()
+    learn.opt.zero_grad()  # whoever had the network before may have left gradients
+    learn.add_cbs(callbacks)
+    return learn
+
+@patch
+def _special(self: LocalTraining) -> Callable | None:
+    "The network called in the memory order, type and way that is asked for; None for the plain one."
+    if (self.order, self.precision, self.compiled) == (torch.contiguous_format, torch.float32, False): return None
+    model, kind = torch.compile(self.model) if self.compiled else self.model, torch.device(self.device).type
+    def answer(x, *gates):
+        with torch.autocast(kind, self.precision, enabled=self.precision != torch.float32): pred = model(x.to(memory_format=self.order), *gates)
+        return pred.float()
+    return answer
+
+@patch
+def _load(self: LocalTraining, state: State, local: State) -> None:
+    "Give the network the global tensors, and those that this client keeps to itself. Raises `InputError` when one is missing."
+    if missing := [n for n in self._sent if n not in state]: raise InputError(f'state lacks {missing[0]!r}, which the network needs: begin with shared_state(model)')
+    home = {n: local.get(f'home/{n}', first) for n, first in self.first.items()}
+    with torch.no_grad():
+        for n, value in (state | home).items():
+            if n in self._tensors: self._tensors[n].copy_(value)
+
+@patch
+def _outcome(self: LocalTraining, day: Day) -> tuple[State, State]: # What is sent, and what is kept
+    "The end of a day."
+    send = copy_state({n: self._tensors[n] for n in self._sent}) | day.send
+    keep = day.keep | copy_state({f'home/{n}': self._tensors[n] for n in self.first})
+    if self.encode is None: return send, keep
+    error = {n.removeprefix('error/'): t for n, t in day.local.items() if n.startswith('error/')}
+    message, error = self.encode(send, day.received, error)
+    return message, keep | {f'error/{n}': t for n, t in error.items()}
+
+# %% ../nbs/40_learner.ipynb #d73cdfcc
 @patch
 def __call__(self: LocalTraining,
     state: State, # The global tensors that travel
@@ -164,14 +306,21 @@ def __call__(self: LocalTraining,
     round: int, # Which round, from 1
 ) -> Update: # The trained tensors, weighted by the client's number of images
     "Train one client for one round."
-    began, loss = time.perf_counter(), LocalLoss()
-    trained_copy(self.model).load_state_dict(state, strict=False)
-    opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=self.momentum, weight_decay=self.weight_decay)
-    learn = LocalLearner(DataLoaders(self.batches(client, round), []), self.model, loss_func=F.cross_entropy, opt_func=opt,
-                    wd_bn_bias=True, train_bn=False, default_cbs=False, cbs=[TrainMode(), loss, *self.callbacks()])
-    with seeded(self.seed, 'round', round, 'client', client, 'dropout'): learn.fit(self.epochs, self.lr)
-    return Update(client, round, shared_state(self.model), len(self.parts[client]),
-                  {'train_loss': loss.mean, 'steps': loss.steps, 'seconds': time.perf_counter() - began})
+    began, local = time.perf_counter(), self.local.get(client, {})
+    self._load(state, local)
+    counts = lambda: np.bincount(self.data.labels.cpu().numpy()[self.parts[client]], minlength=len(self.data.classes))
+    day = Day(client, round, state, local, self.lr, self.momentum, counts)
+    learn = self._prepared(day)
+    loss, own = learn.cbs[1], list(learn.cbs[2:])
+    try:
+        with seeded(self.seed, 'round', round, 'client', client, 'dropout'): learn.fit(self.epochs, self.lr)
+        learn.remove_cbs(own)
+    except BaseException:
+        self._learn = None  # nobody knows how far it came
+        raise
+    send, keep = self._outcome(day)
+    metrics = {'train_loss': loss.mean, 'steps': loss.steps, 'images': loss.images, 'seconds': time.perf_counter() - began}
+    return Update(client, round, send, len(self.parts[client]), metrics, keep)
 
 # %% ../nbs/40_learner.ipynb #da54ba75
 @torch.no_grad()

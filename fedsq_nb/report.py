@@ -49,14 +49,14 @@ def _tidy(rows: DataFrame) -> DataFrame:
     place = {m: i for i, m in enumerate(rows.method.unique())}
     return rows.sort_values(['method', 'seed', 'round'], key=lambda c: c.map(place) if c.name == 'method' else c, ignore_index=True)
 
-# %% ../nbs/80_report.ipynb #03c510ac
+# %% ../nbs/80_report.ipynb #1a787cde
 def read_rows(
     folder: str | os.PathLike, # A run folder
 ) -> DataFrame: # One row per method, seed and round; a round that a resumed run repeated counts once, as last written
     "Read `rounds.jsonl`. Raises `InputError` when there is none, or no complete row in it."
     path = Path(folder)/'rounds.jsonl'
     if not path.is_file(): raise InputError(f'folder {str(folder)!r} has no rounds.jsonl: give the folder of a run')
-    rows = _lines(path)
+    rows = [row for row in _lines(path) if row.get('state') != 'void']  # such a round is played again when the run goes on
     if not rows: raise InputError(f'{str(path)!r} holds no complete row: the run stopped before its first one, run it again')
     return _tidy(DataFrame(rows))
 

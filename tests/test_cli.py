@@ -30,7 +30,7 @@ def pictures(top, n=10, classes='abc'):
     return top
 
 def rows_of(folder): return [json.loads(line) for line in (folder/'rounds.jsonl').read_text().splitlines()]
-def timeless(folder): return [{k: v for k, v in r.items() if k != 'seconds'} for r in rows_of(folder)]
+def timeless(folder): return [{k: v for k, v in r.items() if not k.endswith('seconds')} for r in rows_of(folder)]
 def tree(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 @pytest.fixture

@@ -11,12 +11,13 @@ from fedsq_nb.aggregate import weighted_mean
 from fedsq_nb.cli import main
 from fedsq_nb.core import InputError, Update, copy_state, rng, save_state, state_hash
 from fedsq_nb.experiment import METHODS, Config, compare, load_task, run
-from fedsq_nb.federate import Diverged, Federation, Processes, serial
+from fedsq_nb.execute import Processes, serial
+from fedsq_nb.federate import Diverged, Federation
 
 SMALL = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=4, alpha=1., min_size=4, batch_size=8, max_train=60, valid_fraction=.05, test_fraction=.05)
 START = {'w': torch.tensor([1., -2., 3.]), 'b': torch.tensor([[.5]]), 'seen': torch.tensor(0), 'none': torch.zeros(0, 2), 'half': torch.ones(3, dtype=torch.bfloat16)}
 
-def timeless(rows): return [{k: v for k, v in r.items() if k != 'seconds'} for r in rows]
+def timeless(rows): return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in rows]
 
 def gone(pids, seconds=4.):
     "Are all these processes gone within so many seconds?"

@@ -1,0 +1,214 @@
+"The whole table of methods: same bits for any number of workers and after a resume, reductions to FedAvg and FedSQ, poison on every server rule, missing clients."
+import dataclasses, functools, json, math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedsq_nb.core import InputError, Update, copy_state, norm, rng, state_hash, sub
+from fedsq_nb.experiment import Config, compare, load_task, run
+from fedsq_nb.federate import Diverged, Federation, RoundVoid
+from fedsq_nb.methods import METHODS, Scene, method_of
+
+TINY = dict(weights='random', lr='0.02', seeds=1, rounds=3, clients=7, alpha=1., min_size=4, batch_size=8, max_train=90, valid_fraction=.05, test_fraction=.05, workers=1, dp_noise=.01)
+MIXED = ['fedsq+fedprox', 'fedsq+fedadam', 'fedsq+scaffold', 'fedsq+fedbn', 'fedsq+krum', 'fedsq+int8', 'fedsq+moon', 'fedsq+private', 'scaffold+fedyogi', 'fedsq_refresh+scaffold',
+         'feddyn+topk', 'scaffold+int8', 'fedbn+moon+topk', 'clipped+fedavgm', 'head+fedadam', 'fedsq_refresh+fedbn+fedprox+fp16']
+
+@functools.cache
+def task_of(**settings): return load_task(Config(**TINY | dict(methods=('fedavg',)) | settings))
+
+def with_config(task, **settings): return dataclasses.replace(task, config=dataclasses.replace(task.config, **settings))
+def timeless(rows): return [{k: v for k, v in r.items() if not k.endswith('seconds')} for r in rows]
+def same(a, b):
+    assert timeless(a.rows) == timeless(b.rows) and state_hash(a.state) == state_hash(b.state)
+    assert {c: state_hash(s) for c, s in a.local.items()} == {c: state_hash(s) for c, s in b.local.items()}
+    assert a.met == b.met and a.behind == b.behind and state_hash(a.anchor or {}) == state_hash(b.anchor or {})
+
+# ---- the same bits whoever trains, and after a stop
+
+@pytest.mark.parametrize('method', [*METHODS, *MIXED])
+def test_the_same_bits_with_workers_and_after_a_stop(method, tmp_path):
+    task = task_of()
+    whole = run(task, method, 0, .02)
+    assert [r['state'] for r in whole.rows] == ['ok']*4 and whole.rows[-1]['clients_ok'] == 7
+    assert state_hash(whole.state) != whole.rows[0]['weights']
+    same(run(with_config(task, workers=2), method, 0, .02), whole)
+    run(task, method, 0, .02, rounds=2, checkpoints=tmp_path)
+    gone_on = run(with_config(task, workers=2), method, 0, .02, checkpoints=tmp_path)
+    same(gone_on, whole)
+
+@pytest.mark.parametrize('method', ['scaffold', 'fedsq_refresh', 'feddyn', 'fedbn', 'topk', 'fedadam', 'private'])
+def test_the_same_bits_when_few_take_part(method, tmp_path):
+    "Clients come back after rounds without them, and find what they kept."
+    task = task_of(per_round=3, rounds=5, dropout=.2, stragglers=.4, sampling='size')
+    whole = run(task, method, 0, .02)
+    same(run(with_config(task, workers=2), method, 0, .02), whole)
+    for rounds in (1, 3, 5): done = run(task, method, 0, .02, rounds=rounds, checkpoints=tmp_path)
+    same(done, whole)
+
+def test_every_method_does_something_else():
+    hashes = {m: state_hash({n: t for n, t in run(task_of(), m, 0, .02).state.items() if not n.startswith('control/')}) for m in METHODS}
+    alike = {m: [o for o in hashes if o != m and hashes[o] == hashes[m]] for m in hashes}
+    assert {m: o for m, o in alike.items() if o} == {}
+
+# ---- reductions
+
+def final(method, **settings): return state_hash({n: t for n, t in run(task_of(**settings), method, 0, .02).state.items() if not n.startswith('control/')})
+
+@pytest.mark.parametrize('method, settings', [
+    ('fedprox', dict(mu=0.)), ('fedavgm', dict(server_momentum=0.)), ('moon', dict(moon_mu=0.)), ('trimmed', dict(trim=0., partition='iid', max_train=84)),
+    ('clipped', dict(clip=1e9)), ('fedavg', dict(refresh=1)), ('fedavg', dict(gates='random'))])
+def test_methods_whose_setting_is_nothing_are_fedavg(method, settings):
+    ways = [run(task_of(**settings), m, 0, .02) for m in (method, 'fedavg')]
+    assert norm(sub(ways[0].state, ways[1].state)) <= 1e-5 * norm(sub(ways[1].state, run(task_of(**settings), 'fedavg', 0, .02, rounds=1).state))
+
+def test_gates_that_are_never_renewed_are_fedsq(): assert final('fedsq', refresh=99) == final('fedsq')
+def test_the_first_round_of_scaffold_is_fedavg(): assert final('scaffold', rounds=1) == final('fedavg', rounds=1)
+def test_order_of_parts_does_not_matter(): assert final('fedsq+fedprox+fedadam') == final('fedadam+fedsq+fedprox')
+
+def test_gates_renewed_every_round_are_the_global_models():
+    fed = run(task_of(), 'fedsq_refresh', 0, .02)
+    assert all(v == 0 for v in run(task_of(rounds=1), 'fedsq_refresh', 0, .02).rows[0]['gate_disagreement'].values())
+    assert state_hash(fed.anchor) != state_hash(fed.state) and fed.anchor.keys() == fed.state.keys()
+
+# ---- bytes
+
+def test_bytes_of_what_travels():
+    sent = {m: run(task_of(), m, 0, .02).rows for m in ('fedavg', 'scaffold', 'fp16', 'int8', 'topk', 'fedbn', 'head', 'fedsq', 'fedsq_refresh')}
+    up = {m: rows[-1]['bytes_up'] / sent['fedavg'][-1]['bytes_up'] for m, rows in sent.items()}
+    assert up['fedsq'] == 1 and up['fedsq_refresh'] == 1 and up['fedbn'] < 1 and up['head'] < .2
+    assert 1.9 < up['scaffold'] < 2.1 and .45 < up['fp16'] < .6 and .22 < up['int8'] < .45 and up['topk'] < .3
+    down = {m: [r['bytes_down'] for r in rows] for m, rows in sent.items()}
+    assert down['fedsq'][1] > down['fedavg'][1] and down['fedsq'][2:] == down['fedavg'][2:] == down['fedsq_refresh'][2:]
+
+def test_who_was_away_when_gates_were_renewed_gets_the_state_they_came_from():
+    fed = run(task_of(per_round=2, rounds=6), 'fedsq_refresh', 0, .02)
+    plain = run(task_of(per_round=2, rounds=6), 'fedsq', 0, .02)
+    assert [r['bytes_down'] for r in fed.rows] == [r['bytes_down'] for r in plain.rows]  # renewed each round: everybody has just got it
+    slow = run(task_of(per_round=2, rounds=6, refresh=3), 'fedsq', 0, .02)
+    assert sum(r['bytes_down'] for r in slow.rows) >= sum(r['bytes_down'] for r in plain.rows)
+
+# ---- clients that go missing or do less
+
+def test_clients_that_vanish_are_rows():
+    fed = run(task_of(dropout=.4, rounds=6), 'fedavg', 0, .02)
+    gone = [f for r in fed.rows for f in r['failures']]
+    assert gone and {f['reason'] for f in gone} == {'dropped out (simulated)'}
+    assert all(r['clients_ok'] + r['clients_failed'] == 7 for r in fed.rows[1:])
+
+def test_a_quorum_stops_the_run_so_that_it_can_go_on(tmp_path):
+    job = Config(**TINY | dict(methods=('fedavg',), dropout=.9, min_clients=5, out=str(tmp_path/'out')))
+    with pytest.raises(RoundVoid, match='round 1: .* of 7 clients failed .*dropped out'): compare(job, say=lambda note: None)
+    rows = [json.loads(line) for line in (tmp_path/'out'/'rounds.jsonl').read_text().splitlines()]
+    assert [r['state'] for r in rows] == ['ok', 'void'] and rows[-1]['val_accuracy'] is None and (tmp_path/'out'/'checkpoints').is_dir()
+
+def test_stragglers_do_less():
+    full, less = (run(task_of(stragglers=s, local_epochs=4), 'fedavg', 0, .02).rows for s in (0., 1.))
+    assert all(0 < b['images'] < a['images'] for a, b in zip(full[1:], less[1:]))
+    assert len({r['images'] for r in less[1:]}) > 1
+
+def test_sampling_by_size_prefers_the_large():
+    task = task_of(per_round=1, rounds=40, sampling='size', alpha=.3, min_size=4)
+    sizes = np.array([len(p) for p in task.parts(0)])
+    from fedsq_nb.federate import sample_clients
+    often = np.bincount([sample_clients(7, 1, seed=0, round=t, sizes=sizes)[0] for t in range(1, 2001)], minlength=7) / 2000
+    assert np.abs(often - sizes/sizes.sum()).max() < .04
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(fraction=.5, per_round=2), 'both say how many clients'), (dict(fraction=1.5), 'fraction 1.5 must be 1 or less'), (dict(dropout=-.1), 'dropout -0.1 must be'), (dict(stragglers=2), 'stragglers 2.0 must be'),
+    (dict(sampling='sizes'), "did you mean 'size'"), (dict(compress='int9'), 'int9'), (dict(compress='topk:0'), 'topk'), (dict(dyn_alpha=0), 'dyn_alpha 0.0 must be a number above 0'),
+    (dict(methods='fedavg,fedavg+krm'), "did you mean 'krum'"), (dict(methods='krum+median'), 'both decide how the server averages'), (dict(gates='rand'), "did you mean 'random'")])
+def test_settings_that_cannot_be(settings, words):
+    with pytest.raises(InputError) as e: Config(**settings)
+    assert words in str(e.value)
+
+@pytest.mark.parametrize('method, settings', [('krum', dict(clients=4)), ('bulyan', dict(clients=6)), ('bulyan', dict(malicious=3)), ('krum', dict(per_round=3)), ('trimmed', dict(trim=.6))])
+def test_rules_that_need_more_clients_are_refused_before_anything_is_trained(method, settings, tmp_path):
+    with pytest.raises(InputError): compare(Config(**TINY | dict(methods=(method,), out=str(tmp_path/'out')) | settings), say=lambda note: None)
+    assert not (tmp_path/'out').exists()
+
+def test_a_fraction_of_the_clients(): assert load_task(Config(**TINY | dict(fraction=.43))).config.per_round == 3
+def test_all_means_the_whole_table(): assert Config(methods='all').methods == tuple(METHODS)
+
+# ---- one poisoned client of ten, on every server rule
+
+START = {'w': torch.tensor([1., -2., 3., .5]), 'b': torch.tensor([[.5]]), 'n': torch.tensor(4)}
+def honest(client, round=1):
+    gen = rng(5, 'honest', client, round)
+    return Update(client, round, {k: v + torch.from_numpy(gen.normal(size=tuple(v.shape))*.1).to(v) if v.is_floating_point() else v + 1 for k, v in START.items()}, 10. + client, {'steps': 3, 'train_loss': 1.})
+
+def state_with(u, **tensors): return dataclasses.replace(u, state=u.state | tensors)
+POISON = {
+    'nan': lambda u: state_with(u, w=u.state['w']*math.nan), 'inf': lambda u: state_with(u, b=u.state['b'] + math.inf), '1e30': lambda u: state_with(u, w=u.state['w'] + 1e30),
+    '1e38, whose square is too large': lambda u: state_with(u, w=u.state['w'] + 1e38), 'wrong shape': lambda u: state_with(u, w=u.state['w'][:3]), 'one number for all': lambda u: state_with(u, w=u.state['w'][:1]),
+    'missing tensor': lambda u: dataclasses.replace(u, state={'w': u.state['w'], 'n': u.state['n']}), 'another tensor': lambda u: state_with(u, x=torch.zeros(1)), 'wrong type': lambda u: state_with(u, w=u.state['w'].double()),
+    'negative weight': lambda u: dataclasses.replace(u, weight=-5.), 'no weight': lambda u: dataclasses.replace(u, weight=0), 'weight nan': lambda u: dataclasses.replace(u, weight=math.nan),
+    'huge weight': lambda u: dataclasses.replace(u, weight=1e12), 'stale round': lambda u: dataclasses.replace(u, round=0), 'round to come': lambda u: dataclasses.replace(u, round=7), "another's name": lambda u: dataclasses.replace(u, client=2)}
+RULES = sorted(m for m, method in METHODS.items() if method.rule is not METHODS['fedavg'].rule or method.around is not METHODS['fedavg'].around or m == 'fedavg')
+
+def rule_of(name):
+    m, scene = METHODS[name], Scene(Config(workers=1), .01, [10 + c for c in range(10)], 0)
+    return m.around(scene, m.rule(scene))
+
+def play(name, answer, rounds=2):
+    "A federation of ten whose clients answer as told."
+    start = START | ({'control/w': torch.zeros(4)} if METHODS[name].control else {})
+    def execute(train, state, clients, round):
+        for c in clients:
+            u = honest(c, round)
+            if METHODS[name].control: u = state_with(u, **{'control/w': u.state['w'] - START['w']})
+            yield from answer(c, u)
+    fed = Federation(copy_state(start), 10, lambda *a: None, rule=rule_of(name), execute=execute)
+    fed.fit(rounds)
+    return fed
+
+@pytest.mark.parametrize('kind', POISON)
+@pytest.mark.parametrize('rule', RULES)
+def test_a_poisoned_client_changes_nothing(rule, kind):
+    nine = play(rule, lambda c, u: [] if c == 4 else [(c, u)])
+    bad = play(rule, lambda c, u: [(c, POISON[kind](u) if c == 4 else u)])
+    assert state_hash(bad.state) == state_hash(nine.state) and state_hash(nine.state) != state_hash(START)
+    assert [[f['client'] for f in r['failures']] for r in bad.rows[1:]] == [[4], [4]] and all(f['reason'] for r in bad.rows for f in r['failures'])
+
+@pytest.mark.parametrize('rule', RULES)
+def test_an_answer_that_comes_twice_counts_once(rule):
+    once = play(rule, lambda c, u: [(c, u)])
+    twice = play(rule, lambda c, u: [(c, u)] + [(c, state_with(u, w=u.state['w'] + 1))]*(c == 4))
+    assert state_hash(once.state) == state_hash(twice.state) and [f['client'] for f in twice.rows[1]['failures']] == [4]
+
+def test_an_answer_that_nobody_asked_for():
+    fed = play('fedavg', lambda c, u: [(c, u)] + ([(17, dataclasses.replace(u, client=17))] if c == 0 else []))
+    assert [(f['client'], f['reason']) for f in fed.rows[1]['failures']] == [(17, 'sent an update that nobody asked for')]
+
+def test_limits_can_be_taken_away():
+    far = lambda c, u: [(c, state_with(u, w=u.state['w'] + 1e6) if c == 4 else u)]
+    fed = Federation(copy_state(START), 10, lambda *a: None, execute=lambda t, s, cs, r: (p for c in cs for p in far(c, honest(c, r))), norm_limit=None)
+    fed.fit(1)
+    assert fed.rows[-1]['clients_ok'] == 10 and fed.state['w'].max() > 1e4
+
+def test_honest_clients_of_unequal_size_are_not_outliers():
+    "A change ten times the median, from a client a hundred times the size, is kept."
+    big = lambda c, u: [(c, dataclasses.replace(state_with(u, w=START['w'] + 10*(u.state['w'] - START['w'])), weight=1500.) if c == 4 else u)]
+    fed = Federation(copy_state(START), 10, lambda *a: None, execute=lambda t, s, cs, r: (p for c in cs for p in big(c, honest(c, r))))
+    fed.fit(1)
+    assert fed.rows[-1]['clients_ok'] == 10
+
+# ---- what is counted
+
+def test_rows_count_drift_cosine_images_and_seconds():
+    fed = run(task_of(), 'fedavg', 0, .02)
+    last = fed.rows[-1]
+    assert last['images'] == sum(len(p) for p in task_of().parts(0)) and last['drift_max'] >= last['drift'] > 0 and -1 <= last['cosine'] <= 1
+    assert last['local_seconds'] > 0 and 0 < last['server_seconds'] < last['seconds']
+
+def test_the_dear_measures():
+    task = task_of(per_client=True, gap=True)
+    plain, gated, scaffold = (run(task, m, 0, .05).rows[-1] for m in ('fedavg', 'fedsq', 'fedsq+scaffold+fedbn'))
+    for row in (plain, gated, scaffold):
+        assert 0 <= row['clients_before_worst'] <= row['clients_before'] <= 1 and 0 <= row['clients_after_worst'] <= row['clients_after'] <= 1
+        assert row['gap'] > 0
+    assert gated['gap_crossing'] == scaffold['gap_crossing'] == 0 and plain['gap_crossing'] > 0
+
+def test_measures_do_not_disturb():
+    assert final('fedsq', per_client=True, gap=True) == final('fedsq') and final('fedavg', gap=True) == final('fedavg')
