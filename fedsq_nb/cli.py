@@ -141,10 +141,15 @@ def show(
     if as_json: return print(json.dumps(records(rows, baseline), indent=1))
     print(text_table(table(rows, baseline)), '', headline(rows, baseline), *notes(rows), f'Final weights: {fingerprint(rows)}', sep='\n')
 
-# %% ../nbs/90_cli.ipynb #f2b61af4
+# %% ../nbs/90_cli.ipynb #90ac684d
 def _words(e: Exception) -> str:
     "An error in one line."
     return f'{e.strerror or e}{f": {e.filename}" if e.filename else ""}' if isinstance(e, OSError) else str(e)
+
+def _begun(folder: Path) -> bool:
+    "Is there a run in `folder` that can be gone on with?"
+    try: return (folder/'checkpoints').is_dir()
+    except OSError: return True  # it cannot be looked into any more
 
 def run_compare(args: argparse.Namespace) -> int:
     "`fedsq compare`: run, print, report."
@@ -156,7 +161,7 @@ def run_compare(args: argparse.Namespace) -> int:
         progress.say('stopped' + (f'; the rows so far are in {config.out}, and "fedsq report {config.out}" makes a page of them' if partial else ''))
         return 130
     except (OSError, RoundVoid) as e:
-        if not (Path(config.out)/'checkpoints').is_dir(): raise
+        if not _begun(Path(config.out)): raise
         progress.say(f'fedsq: {_words(e)}; mend that and go on with: fedsq compare --resume --out {config.out}')
         return 1
     if progress.bar: sys.stderr.write('\r\033[K')

@@ -6,8 +6,8 @@
 __all__ = ['NORMS', 'gradient_count', 'Scaffold', 'mean_gradient', 'FedDyn', 'contrast', 'Moon', 'margins', 'Margins',
            'norm_names', 'head_only']
 
-# %% ../nbs/42_clients.ipynb #d9e57313
-import math
+# %% ../nbs/42_clients.ipynb #07b6decf
+import copy, math
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +18,8 @@ from torch.func import functional_call
 
 from .backbones import head_name
 from .core import InputError, State, check_name
-from .learner import Callback, LocalLearner, trained_copy
+from .data import Batches
+from .learner import Callback, LocalLearner, shared_state, trained_copy
 
 # %% ../nbs/42_clients.ipynb #1ef77ce0
 def gradient_count(
@@ -65,14 +66,16 @@ class Scaffold(Callback):
             day.keep[f'control/{n}'] = new.cpu()
             day.send[f'control/{n}'] = (self.c[n] + new - self.own[n]).cpu()
 
-# %% ../nbs/42_clients.ipynb #6c3a9445
+# %% ../nbs/42_clients.ipynb #17077a7e
 def mean_gradient(
     learn: LocalLearner, # A learner that is about to fit
 ) -> dict[str, Tensor]: # By name, like the parameters
     "The mean loss's gradient over all of a client's images, at the weights as they are."
-    trained, total = _trained(learn), 0
+    trained, total, batches = _trained(learn), 0, copy.copy(learn.dls.train)
+    if isinstance(batches, Batches): batches.shuffle, batches.draws = copy.deepcopy((batches.shuffle, batches.draws))  # the day's own order is still to come
     sums = {n: torch.zeros_like(p) for n, p in trained.items()}
-    for *x, y in learn.dls.train:
+    learn.model.eval()  # no dropout, no moving statistics; training mode is put back when the day begins
+    for *x, y in batches:
         grads = torch.autograd.grad(learn.loss_func(learn.model(*x), y) * len(y), list(trained.values()), allow_unused=True)
         for s, g in zip(sums.values(), grads): s += 0 if g is None else g
         total += len(y)
@@ -100,14 +103,14 @@ class FedDyn(Callback):
     def after_fit(self):
         for n, p in _trained(self.learn).items(): self.learn.day.keep[f'dyn/{n}'] = (self.own[n] - self.alpha*(p.detach() - self.start[n])).cpu()
 
-# %% ../nbs/42_clients.ipynb #6861f479
+# %% ../nbs/42_clients.ipynb #64d23123
 def contrast(
     z: Tensor, # Representation (b, d)
     z_global: Tensor, # The global network's (b, d)
     z_last: Tensor, # The client's last network's (b, d)
     temperature: float, # tau, above 0
 ) -> Tensor: # A number, above 0
-    "MOON's contrastive loss, a mean over images (Li et al. 2021, equation 3)."
+    "MOON's contrastive loss, a mean over images (Li et al. 2021)."
     alike = torch.stack([F.cosine_similarity(z, z_global), F.cosine_similarity(z, z_last)], 1) / temperature
     return F.cross_entropy(alike, torch.zeros(len(z), dtype=torch.int64, device=z.device))
 
@@ -124,8 +127,7 @@ class Moon(Callback):
         self.prefix = '' if net is self.learn.model else 'quantitative.'
         device = next(net.parameters()).device
         at = lambda state: {self.prefix + n: t.to(device) for n, t in state.items()}
-        own = {n for n in net.state_dict()}
-        self.known = at({n: t for n, t in day.received.items() if n in own})
+        self.known = at(shared_state(net))
         self.last = at({n.removeprefix('last/'): t for n, t in day.local.items() if n.startswith('last/')})
         self.hook = net.get_submodule(head_name(net)).register_forward_pre_hook(lambda m, x: setattr(self, 'z', x[0]))
 
@@ -143,8 +145,10 @@ class Moon(Callback):
         return self.z.flatten(1)
 
     def after_fit(self):
-        self.hook.remove()
-        self.learn.day.keep |= {f'last/{n}': p.detach().cpu().clone() for n, p in _trained(self.learn).items()}
+        self.clean_up()
+        self.learn.day.keep |= {f'last/{n}': t for n, t in shared_state(self.learn.model).items()}
+
+    def clean_up(self): self.hook.remove()
 
 # %% ../nbs/42_clients.ipynb #6c49d7d3
 def margins(

@@ -51,7 +51,7 @@ class ScaffoldAvg:
 
 def _part(state: State, control: bool) -> State: return {n: t for n, t in state.items() if n.startswith('control/') == control}
 
-# %% ../nbs/52_control.ipynb #93888951
+# %% ../nbs/52_control.ipynb #11e5d407
 class FedDynAvg:
     "The plain mean of the weights, moved on by what clients have been held back by."
     def __init__(self,
@@ -70,7 +70,7 @@ class FedDynAvg:
         updates = sorted(updates, key=lambda u: u.client)
         new = FedAvg().step(global_state, [Update(u.client, u.round, u.state, 1.) for u in updates])
         for n, t in global_state.items():
-            if not t.is_floating_point() or n.endswith(('running_mean', 'running_var')): continue
+            if n not in updates[0].state or not t.is_floating_point() or n.endswith(('running_mean', 'running_var')): continue
             way = sum(u.state[n].double() - t.double() for u in updates)
             self.h[n] = self.h.get(n, torch.zeros_like(t, dtype=torch.float64)) - self.alpha/self.clients*way
             new[n] = (t.double() + way/len(updates) - self.h[n]/self.alpha).to(t.dtype)

@@ -99,7 +99,7 @@ class Update:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict) # What it measured: `train_loss`, `steps`, `images`, `seconds`
     local: State = dataclasses.field(default_factory=dict) # What the client keeps for its next day; it is not sent
 
-# %% ../nbs/00_core.ipynb #c67d2260
+# %% ../nbs/00_core.ipynb #9312caa6
 def state_hash(
     state: State, # Named tensors
 ) -> str: # 16 hexadecimal digits
@@ -108,7 +108,7 @@ def state_hash(
     for name in sorted(state):
         t = state[name].detach().cpu().contiguous()
         h.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
+        if t.numel(): h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #87566490

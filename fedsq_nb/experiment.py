@@ -8,7 +8,7 @@ __all__ = ['Config', 'coerce', 'check', 'fixed_rates', 'read_toml', 'resolve', '
            'run', 'run_settings', 'try_rate', 'calibrate', 'claim', 'append_row', 'write_config', 'partition_card',
            'Comparison', 'compare', 'go_on']
 
-# %% ../nbs/70_experiment.ipynb #dcc9656e
+# %% ../nbs/70_experiment.ipynb #6a16a5c7
 import contextlib, dataclasses, errno, functools, hashlib, json, math, os, shutil, sys, tomllib, typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -33,9 +33,10 @@ from .gates import disagreement
 from .learner import LocalTraining, constant_state, evaluate, shared_names, shared_state, trained_copy
 from .methods import METHODS, Method, Scene, gated, method_of
 from .wire import decode, encode, parse_kind
-from .partition import class_counts, dirichlet, iid, partition_hash
+from .partition import card, class_counts, dirichlet, iid, label_skew, niid_bench, partition_hash, quantity_skew, shards
+from .skew import KINDS, feature_skew
 
-# %% ../nbs/70_experiment.ipynb #f66c99f3
+# %% ../nbs/70_experiment.ipynb #c1890962
 def _opt(default, help: str): return dataclasses.field(default=default, metadata={'help': help})
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,12 @@ class Config:
     min_clients: int = _opt(1, 'A round with fewer good updates is void')
     norm_limit: float = _opt(100., 'A change longer than so many times the round\'s median is left out; 0: no limit')
     weight_limit: float = _opt(1000., 'So is an update with more than so many times the median weight; 0: no limit')
-    partition: str = _opt('dirichlet', 'dirichlet or iid')
+    partition: str = _opt('dirichlet', 'Who owns which images: iid, dirichlet, niid_bench, label_skew, shards or quantity_skew')
     alpha: float = _opt(0.1, 'Dirichlet concentration: small is uneven')
+    classes_per_client: int = _opt(2, 'Partition label_skew: classes of each client; shards: shards of each client')
+    power: float = _opt(0., 'Partition quantity_skew: sizes fall with this power of the rank; 0: they are Dirichlet with alpha')
+    skew: str = _opt('none', 'How pictures differ between clients: none, noise, rotation or colour')
+    skew_strength: float = _opt(0.5, 'How much: standard deviation of the noise (0 to 1), largest angle in degrees, or largest change of colour (0 to 1)')
     min_size: int = _opt(10, 'Smallest number of images a client may have')
     rounds: int = _opt(8, 'Rounds')
     local_epochs: int = _opt(1, 'Passes over a client\'s images in a round')
@@ -116,6 +121,7 @@ class Config:
     out: str = _opt('', 'Folder for the results')
     overwrite: bool = _opt(False, 'Replace the results of an earlier run in that folder')
     resume: bool = _opt(False, 'Go on with the run in that folder, with the same settings, where it was stopped')
+    checkpoint_every: int = _opt(1, 'Rounds between checkpoints, which a run that is stopped goes on from')
     save_weights: bool = _opt(True, 'Keep the final weights of every run')
 
     def __post_init__(self):
@@ -148,14 +154,14 @@ def coerce(
         wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}.get(kind, 'a list')
         raise InputError(f'{name} {value!r} is not {wanted}') from None
 
-# %% ../nbs/70_experiment.ipynb #99d55680
+# %% ../nbs/70_experiment.ipynb #3a056b4e
 _AT_LEAST = {'clients': 1, 'per_round': 0, 'min_size': 1, 'rounds': 1, 'local_epochs': 1, 'batch_size': 0, 'calibration_rounds': 0, 'calibration_seeds': 1,
              'seeds': 1, 'seed': 0, 'max_train': 0, 'crop': 0, 'views': 0, 'cache_bytes': 0, 'threads': 1, 'workers': 0, 'client_seconds': 0., 'size': 0, 'momentum': 0., 'weight_decay': 0., 'mu': 0.,
-             'refresh': 0, 'fraction': 0., 'dropout': 0., 'stragglers': 0., 'min_clients': 1, 'norm_limit': 0., 'weight_limit': 0., 'moon_mu': 0., 'server_lr': 0., 'server_momentum': 0.,
+             'refresh': 0, 'classes_per_client': 1, 'power': 0., 'skew_strength': 0., 'checkpoint_every': 1, 'fraction': 0., 'dropout': 0., 'stragglers': 0., 'min_clients': 1, 'norm_limit': 0., 'weight_limit': 0., 'moon_mu': 0., 'server_lr': 0., 'server_momentum': 0.,
              'malicious': 0, 'trim': 0., 'clip': 0., 'dp_noise': 0.}
 _AT_MOST = {'fraction': 1., 'dropout': 1., 'stragglers': 1.}
 _ABOVE = ('dyn_alpha', 'moon_temperature', 'lc_tau', 'server_tau', 'dp_clip')
-_CHOICES = {'head': ('stock', 'light'), 'bn': ('frozen', 'train'), **OPTIONS, 'unknown': ('error', 'plain'), 'cache_type': ('float16', 'bfloat16', 'float32'), 'partition': ('dirichlet', 'iid'),
+_CHOICES = {'head': ('stock', 'light'), 'bn': ('frozen', 'train'), **OPTIONS, 'unknown': ('error', 'plain'), 'cache_type': ('float16', 'bfloat16', 'float32'), 'partition': ('dirichlet', 'iid', 'niid_bench', 'label_skew', 'shards', 'quantity_skew'), 'skew': ('none', *KINDS),
             'gates': ('own', 'random'), 'gated': ('all', 'lower', 'upper'), 'sampling': ('uniform', 'size'), 'calibration': ('federated', 'centralised')}
 
 def check(
@@ -225,7 +231,7 @@ def processors() -> int: # How many of them this process may use; 1 where worker
     "Processors for workers."
     return len(os.sched_getaffinity(0)) if sys.platform == 'linux' else 1
 
-# %% ../nbs/70_experiment.ipynb #d873992f
+# %% ../nbs/70_experiment.ipynb #5afbaa77
 @dataclasses.dataclass(frozen=True)
 class Task:
     "What all runs of a comparison share."
@@ -241,8 +247,16 @@ class Task:
 
     def parts(self, seed: int) -> list[np.ndarray]: # Who owns which training images, in that seed's federation
         c, labels = self.config, self.splits.train.labels.cpu().numpy()
-        if c.partition == 'iid': return iid(labels, c.clients, seed=seed)
-        return dirichlet(labels, c.clients, c.alpha, min_size=c.min_size, seed=seed)
+        return {'iid': lambda: iid(labels, c.clients, seed=seed), 'dirichlet': lambda: dirichlet(labels, c.clients, c.alpha, min_size=c.min_size, seed=seed),
+                'niid_bench': lambda: niid_bench(labels, c.clients, c.alpha, numpy_seed=seed, min_size=c.min_size),
+                'label_skew': lambda: label_skew(labels, c.clients, c.classes_per_client, seed=seed), 'shards': lambda: shards(labels, c.clients, c.classes_per_client, seed=seed),
+                'quantity_skew': lambda: quantity_skew(labels, c.clients, alpha=None if c.power else c.alpha, power=c.power or None, min_size=c.min_size, seed=seed)}[c.partition]()
+
+    def seen(self, parts: list[np.ndarray], seed: int) -> 'Task': # With pictures as each client sees its own
+        c = self.config
+        if c.skew == 'none': return self
+        train = feature_skew(self.splits.train, parts, c.skew, c.skew_strength, seed=seed)
+        return dataclasses.replace(self, splits=dataclasses.replace(self.splits, train=train))
 
     @property
     def augment(self) -> Augment | None: # How training images vary
@@ -281,7 +295,7 @@ def storage(self: Task,
     "What storing gates will take, known before anything is built; the training part's is taken first."
     return verdict([plan(model.eval(), self.batches(part), self.config.cache_type) for part in ('train', 'valid', 'test')], self.config.cache_bytes)
 
-# %% ../nbs/70_experiment.ipynb #d0f57cf2
+# %% ../nbs/70_experiment.ipynb #db296fd8
 def load_task(
     config: Config, # The settings
 ) -> Task:
@@ -294,7 +308,7 @@ def load_task(
     if splits.skipped: notes.append(f'{splits.skipped} unreadable image{"s were" if splits.skipped > 1 else " was"} left out')
     splits = dataclasses.replace(splits, **{part: getattr(splits, part).to(config.device) for part in ('train', 'valid', 'test')})
     task = Task(config, splits, form)
-    for seed in _seeds(config): task.parts(seed)
+    for seed in _seeds(config): task.seen(task.parts(seed), seed)
     network = task.network(config.seed, say=notes.append)
     if any('random weights' in n for n in notes) and any(method_of(m).parametrise is gated for m in config.methods):
         notes.append('fedsq: gates of layers that start from random weights were never learned; --plain-sites leaves such layers ungated, --head light has none')
@@ -424,7 +438,7 @@ def gap_meter(
         return {'gap': rms(gap), 'gap_crossing': rms(gap - fixed)}
     return inspect
 
-# %% ../nbs/70_experiment.ipynb #b582d92a
+# %% ../nbs/70_experiment.ipynb #be09851f
 def stage(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`, or several joined by +
@@ -437,7 +451,7 @@ def stage(
     say: Callable[[str], None] = lambda message: None, # Told of stored gates that were damaged
 ) -> tuple[nn.Module, LocalTraining, Callable, Callable]: # Model, local training, measure of a state, and measure of a round
     "The client's side of a run."
-    m = method_of(method)
+    m, task = method_of(method), task.seen(parts, seed)
     c = dataclasses.replace(task.config, **dict(m.settings))
     net = task.network(seed)
     if anchor: net.load_state_dict({n: t for n, t in anchor.items() if not n.startswith('control/')}, strict=False)
@@ -462,7 +476,7 @@ def cpu_threads(n: int) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/70_experiment.ipynb #dbe5e7dc
+# %% ../nbs/70_experiment.ipynb #f622a0ad
 def run(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`, or several joined by +
@@ -481,14 +495,14 @@ def run(
     with cpu_threads(c.threads):
         fed = _federation(task, method, seed, lr, parts, test, say)
         fed.on_row = lambda row: on_row({'method': method, 'seed': seed, 'lr': lr, **row})
-        if checkpoints: _keep_checkpoints(fed, checkpoints, [run_settings(c), method, seed, lr], say)
+        if checkpoints: _keep_checkpoints(fed, checkpoints, [run_settings(c), method, seed, lr], c.checkpoint_every, say)
         with _executor(c) as fed.execute:
             try: fed.fit((rounds or c.rounds) - max(len(fed.rows) - 1, 0))
             except RoundVoid: raise
             except Diverged as e: say(f'{method}, seed {seed}, learning rate {lr:g}: {e}')
     return fed
 
-# %% ../nbs/70_experiment.ipynb #8d5c59e1
+# %% ../nbs/70_experiment.ipynb #b1462255
 def _federation(task: Task, method: str, seed: int, lr: float, parts: list[np.ndarray], test: bool, say: Callable) -> Federation:
     "A federation that is ready to begin."
     m = method_of(method)
@@ -509,15 +523,15 @@ def _executor(c: Config) -> contextlib.AbstractContextManager:
     if c.workers > 1 and c.device != 'cpu': raise InputError(f'workers {c.workers} share a CPU, not {c.device!r}: use workers=1 there')
     return Processes(c.workers, c.client_seconds or None) if c.workers > 1 else contextlib.nullcontext(serial)
 
-def _keep_checkpoints(fed: Federation, folder: Path, what: list, say: Callable[[str], None]) -> None:
-    "Go on where the newest checkpoint stands, and write one after each round."
+def _keep_checkpoints(fed: Federation, folder: Path, what: list, every: int, say: Callable[[str], None]) -> None:
+    "Go on where the newest checkpoint stands, and write one after every so many rounds."
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     if fed.restore(folder, key, say):
         for row in fed.rows: fed.on_row(row)
-    fed.on_round = lambda: fed.save(folder, key)
+    fed.on_round = lambda: fed.save(folder, key) if (len(fed.rows) - 1) % every == 0 else None
 
-# %% ../nbs/70_experiment.ipynb #b0177ab4
-_CARRIED_OUT = ('out', 'overwrite', 'resume', 'workers', 'client_seconds', 'cache', 'cache_bytes', 'save_weights')
+# %% ../nbs/70_experiment.ipynb #eb82cca2
+_CARRIED_OUT = ('out', 'overwrite', 'resume', 'workers', 'client_seconds', 'cache', 'cache_bytes', 'checkpoint_every', 'save_weights')
 
 def run_settings(
     config: Config, # Settings
@@ -598,7 +612,7 @@ def append_row(
     "Append one line of JSON in a single write."
     with open(path, 'ab', buffering=0) as f: f.write(json.dumps(row).encode() + b'\n')
 
-# %% ../nbs/70_experiment.ipynb #a708ecea
+# %% ../nbs/70_experiment.ipynb #f47e84ed
 def write_config(folder: Path, config: Config, rates: dict[str, float]) -> None:
     "Write every setting, and the rates chosen so far."
     atomic_write(folder/'config.toml', tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items() if k not in ('resume', 'overwrite')}
@@ -609,7 +623,11 @@ def partition_card(task: Task) -> dict:
     labels, classes = task.splits.train.labels.cpu().numpy(), task.splits.train.classes
     parts = {str(s): task.parts(s) for s in _seeds(task.config)}
     return {'classes': list(classes), 'counts': {s: class_counts(labels, p, len(classes)).tolist() for s, p in parts.items()},
-            'hash': {s: partition_hash(p) for s, p in parts.items()}}
+            'hash': {s: partition_hash(p) for s, p in parts.items()}, 'cards': {s: _card(task.config, labels, p, int(s), classes) for s, p in parts.items()}}
+
+def _card(c: Config, labels: np.ndarray, parts: list[np.ndarray], seed: int, classes: tuple[str, ...]) -> dict:
+    settings = {k: getattr(c, k) for k in ('clients', 'alpha', 'min_size', 'classes_per_client', 'power', 'skew', 'skew_strength')}
+    return card(labels, parts, scheme=c.partition, settings=settings, seed=seed, classes=classes)
 
 # %% ../nbs/70_experiment.ipynb #463f42d9
 @dataclasses.dataclass(frozen=True)

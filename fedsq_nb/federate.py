@@ -149,7 +149,7 @@ def _open(self: Federation, asked: int, answer: Update | Exception, clients: lis
     if asked not in clients: raise InputError('sent an update that nobody asked for')
     return dataclasses.replace(answer, state=self.decode(answer.state, self.state))
 
-# %% ../nbs/60_federate.ipynb #f8ad546e
+# %% ../nbs/60_federate.ipynb #c7908cf8
 @patch
 def round(self: Federation,
     t: int, # Which round, from 1
@@ -164,7 +164,7 @@ def round(self: Federation,
     counts = dict(bytes_up=bytes_up, bytes_down=bytes_down, clients_ok=len(good), clients_failed=len(failures), failures=failures)
     if len(good) < self.min_clients: self._stop(t, len(clients), counts, began)
     arrived = time.perf_counter()
-    new, travelled = self.rule.step(self.state, good), spread([_weights_of(u) for u in good], _weights(self.state))
+    new, travelled = self._step(t, good, counts, began), spread([_weights_of(u) for u in good], _weights(self.state))
     now, total = time.perf_counter(), lambda name: sum(u.metrics.get(name, 0) for u in good)
     row = self.record(t, new, seconds=now - began, **counts, train_loss=_mean_loss(good), **travelled, images=total('images'),
                       local_seconds=float(total('seconds')), server_seconds=now - arrived, **self.inspect(self.state, good, new))
@@ -176,7 +176,7 @@ def _mean_loss(good: list[Update]) -> float: return sum(u.weight*u.metrics.get('
 def _weights(state: State) -> State: return {n: t for n, t in state.items() if not n.startswith('control/')}
 def _weights_of(update: Update) -> Update: return dataclasses.replace(update, state=_weights(update.state))
 
-# %% ../nbs/60_federate.ipynb #57d48c44
+# %% ../nbs/60_federate.ipynb #6f37a005
 @patch
 def use(self: Federation,
     anchor: State, # The global state to renew the model from
@@ -194,6 +194,14 @@ def _bytes_down(self: Federation, clients: list[int]) -> int:
     new = here - self.met
     self.met, self.behind = self.met | here, self.behind - here
     return len(here)*one + len(new)*self.once_bytes + len(late - new)*one
+
+@patch
+def _step(self: Federation, t: int, good: list[Update], counts: dict, began: float) -> State:
+    "What the rule makes of the good updates. A rule that needs more of them ends the round."
+    try: return self.rule.step(self.state, good)
+    except InputError as e:
+        self.keep(_empty(self.rows) | dict(round=t, seconds=time.perf_counter() - began, **counts, state='void'))
+        raise RoundVoid(f'round {t}: {e}') from None
 
 @patch
 def _stop(self: Federation, t: int, n_clients: int, counts: dict, began: float) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['trained_copy', 'shared_names', 'shared_state', 'constant_state', 'LocalLoss', 'FedProx', 'LocalLearner', 'TrainMode',
            'LocalSGD', 'Day', 'LocalTraining', 'evaluate']
 
-# %% ../nbs/40_learner.ipynb #957968a4
+# %% ../nbs/40_learner.ipynb #a3f05db8
 import dataclasses, math, time, warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ with warnings.catch_warnings():
     from fastai.optimizer import OptimWrapper
 
 from .backbones import FROZEN_KINDS, Format
-from .core import InputError, State, Update, copy_state, rng, seeded
+from .core import InputError, State, Update, check_name, copy_state, rng, seeded
 from .data import Augment, Batches, ImageSet
 from .dualcopy import DualCopy
 
@@ -192,7 +192,7 @@ class Day:
     send: State = dataclasses.field(default_factory=dict) # To be sent besides the weights
     keep: State = dataclasses.field(default_factory=dict) # For the client's next day
 
-# %% ../nbs/40_learner.ipynb #b2b0d6c8
+# %% ../nbs/40_learner.ipynb #0297cc93
 @dataclasses.dataclass
 class LocalTraining:
     "One client's local training: `(global state, client, round) -> Update`."
@@ -222,6 +222,7 @@ class LocalTraining:
     def __post_init__(self):
         if self.order != torch.contiguous_format: self.model.to(memory_format=self.order)
         self._tensors, self._learn = trained_copy(self.model).state_dict(keep_vars=True), None
+        for n in self.at_home: check_name(n, self._tensors, 'tensor to stay at home')
         self.first = copy_state({n: self._tensors[n] for n in self.at_home})  # what a client begins with
         self._sent = [n for n in shared_names(self.model) if n not in self.first]
 
@@ -298,7 +299,7 @@ def _outcome(self: LocalTraining, day: Day) -> tuple[State, State]: # What is se
     message, error = self.encode(send, day.received, error)
     return message, keep | {f'error/{n}': t for n, t in error.items()}
 
-# %% ../nbs/40_learner.ipynb #d73cdfcc
+# %% ../nbs/40_learner.ipynb #e9b33717
 @patch
 def __call__(self: LocalTraining,
     state: State, # The global tensors that travel
@@ -317,6 +318,7 @@ def __call__(self: LocalTraining,
         learn.remove_cbs(own)
     except BaseException:
         self._learn = None  # nobody knows how far it came
+        for cb in own: getattr(cb, 'clean_up', tuple)()
         raise
     send, keep = self._outcome(day)
     metrics = {'train_loss': loss.mean, 'steps': loss.steps, 'images': loss.images, 'seconds': time.perf_counter() - began}

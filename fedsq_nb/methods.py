@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SOURCES', 'Scene', 'plain', 'nothing', 'nobody', 'averaging', 'unchanged', 'Method', 'gated', 'proximal',
-           'controlled', 'dynamic', 'contrasting', 'margins_of', 'balanced', 'only_the_head', 'controlling',
-           'dynamic_mean', 'method_of']
+           'controlled', 'dynamic', 'contrasting', 'margins_of', 'balanced', 'only_the_head', 'controlling', 'clipping',
+           'dynamic_mean', 'momentum', 'adaptive', 'normalised', 'private', 'median', 'trimmed', 'geometric',
+           'suspicious', 'method_of']
 
-# %% ../nbs/62_methods.ipynb #caa8b35b
+# %% ../nbs/62_methods.ipynb #0dd39976
 import copy, dataclasses, functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,8 +23,11 @@ from .clients import FedDyn, Margins, Moon, Scaffold, head_only, norm_names
 from .control import FedDynAvg, ScaffoldAvg
 from .core import InputError, check_name, seeded
 from .dualcopy import DualCopy
+from .privacy import PrivateFedAvg
+from .robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
+from .servers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi
 
-# %% ../nbs/62_methods.ipynb #bfa130b4
+# %% ../nbs/62_methods.ipynb #fa993fa1
 @dataclasses.dataclass(frozen=True)
 class Scene:
     "What a server rule may be made from."
@@ -35,7 +39,7 @@ class Scene:
 def plain(model: nn.Module, config: Any) -> nn.Module: return model
 def nothing(config: Any) -> list: return []
 def nobody(model: nn.Module) -> list[str]: return []
-def averaging(scene: Scene) -> FedAvg: return FedAvg()
+def averaging(scene: Scene) -> FedAvg: return FedAvg(scene.config.server_lr or 1.)
 def unchanged(scene: Scene, rule: Any) -> Any: return rule
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +53,14 @@ class Method:
     control: bool = False # Do control variates travel with the weights?
     settings: tuple[tuple[str, Any], ...] = () # Settings of the configuration that the method has for itself
 
-# %% ../nbs/62_methods.ipynb #c7766b0c
+# %% ../nbs/62_methods.ipynb #d14d3d78
 def gated(
     model: nn.Module, # Pretrained network
     config: Any, # Settings: pool, excite, attention, norm, unknown, plain_sites, gates, gated
 ) -> DualCopy:
     "FedSQ's parametrisation."
     options = dict(pool=config.pool, excite=config.excite, attention=config.attention, norm=config.norm, unknown=config.unknown)
-    plain = ','.join(filter(None, [config.plain_sites, *_half(DualCopy(model, **options), config.gated)]))
+    plain = ','.join(filter(None, [config.plain_sites, *([] if config.gated == 'all' else _half(DualCopy(model, **options), config.gated))]))
     if config.gates == 'own': return DualCopy(model, plain=plain, **options)
     dc = DualCopy(_forgetful(model, config.seed), plain=plain, **options)
     dc.quantitative.load_state_dict(model.state_dict())
@@ -64,7 +68,7 @@ def gated(
 
 def _half(dc: DualCopy, which: str) -> list[str]: # Sites that have no fixed gates
     sites = list(dc.symbols)
-    return {'all': [], 'lower': sites[len(sites)//2:], 'upper': sites[:len(sites)//2]}[which]
+    return {'lower': sites[len(sites)//2:], 'upper': sites[:len(sites)//2]}[which]
 
 def _forgetful(model: nn.Module, seed: int) -> nn.Module:
     "A copy of `model` with fresh weights in every layer."
@@ -83,11 +87,21 @@ def margins_of(c: Any) -> list: return [Margins('fedlc', c.lc_tau)]
 def balanced(c: Any) -> list: return [Margins('balanced')]
 def only_the_head(model: nn.Module, config: Any) -> nn.Module: return head_only(model)
 
-# %% ../nbs/62_methods.ipynb #9151ab5d
+# %% ../nbs/62_methods.ipynb #96ce38c5
 def controlling(s: Scene, rule: Any) -> ScaffoldAvg: return ScaffoldAvg(sum(s.sizes), rule)
+def clipping(s: Scene, rule: Any) -> NormClipping: return NormClipping(s.config.clip or None, then=rule)
 def dynamic_mean(s: Scene) -> FedDynAvg: return FedDynAvg(s.config.dyn_alpha, len(s.sizes))
+def momentum(s: Scene) -> FedAvgM: return FedAvgM(s.config.server_lr or 1., s.config.server_momentum)
+def adaptive(kind: type, s: Scene) -> Any: return kind(lr=s.config.server_lr or 0.01, tau=s.config.server_tau)
+def normalised(s: Scene) -> FedNova: return FedNova(s.config.momentum)
+def private(s: Scene) -> PrivateFedAvg: return PrivateFedAvg(s.config.dp_clip, s.config.dp_noise, s.config.per_round or len(s.sizes), s.seed)
 
-# %% ../nbs/62_methods.ipynb #4d9172d7
+def median(s: Scene) -> FedMedian: return FedMedian()
+def trimmed(s: Scene) -> FedTrimmedAvg: return FedTrimmedAvg(s.config.trim)
+def geometric(s: Scene) -> GeometricMedian: return GeometricMedian()
+def suspicious(kind: type, s: Scene) -> Any: return kind(s.config.malicious)
+
+# %% ../nbs/62_methods.ipynb #9b029a8d
 METHODS = {
     'fedavg': Method(),
     'fedsq': Method(parametrise=gated), 'fedsq_refresh': Method(parametrise=gated, settings=(('refresh', 1),)),
@@ -96,9 +110,14 @@ METHODS = {
     'head': Method(parametrise=only_the_head),
     'fedprox': Method(callbacks=proximal), 'scaffold': Method(callbacks=controlled, around=controlling, control=True), 'moon': Method(callbacks=contrasting),
     'feddyn': Method(callbacks=dynamic, rule=dynamic_mean), 'fedlc': Method(callbacks=margins_of), 'balanced': Method(callbacks=balanced), 'fedbn': Method(at_home=norm_names),
+    'fedavgm': Method(rule=momentum), 'fedadagrad': Method(rule=functools.partial(adaptive, FedAdagrad)), 'fedadam': Method(rule=functools.partial(adaptive, FedAdam)),
+    'fedyogi': Method(rule=functools.partial(adaptive, FedYogi)), 'fednova': Method(rule=normalised),
+    'median': Method(rule=median), 'trimmed': Method(rule=trimmed), 'krum': Method(rule=functools.partial(suspicious, Krum)),
+    'multikrum': Method(rule=functools.partial(suspicious, MultiKrum)), 'bulyan': Method(rule=functools.partial(suspicious, Bulyan)), 'geomedian': Method(rule=geometric),
+    'clipped': Method(around=clipping), 'private': Method(rule=private, settings=(('norm_limit', 0.), ('weight_limit', 0.))),
     'fp16': Method(settings=(('compress', 'float16'),)), 'int8': Method(settings=(('compress', 'int8'),)), 'topk': Method(settings=(('compress', 'topk:0.05'),))}
 
-# %% ../nbs/62_methods.ipynb #1b1d8ed3
+# %% ../nbs/62_methods.ipynb #8a4b7032
 def method_of(
     name: str, # A name of the table, or several joined by +: 'fedsq+fedprox+fedadam'
 ) -> Method:
@@ -109,6 +128,7 @@ def method_of(
     for field, given in chosen.items():
         if field not in ('callbacks', 'settings') and len(given) > 1:
             raise InputError(f'method {name!r}: {given[0][0]} and {given[1][0]} both decide {_PLACES[field]}; leave one out')
+    if {'scaffold', 'private'} <= parts.keys(): raise InputError(f'method {name!r}: control variates carry no noise, so scaffold would not be private; leave one out')
     settings = [pair for _, pairs in chosen['settings'] for pair in pairs]
     if len(dict(settings)) < len(settings): raise InputError(f'method {name!r}: {" and ".join(p for p, _ in chosen["settings"])} set the same option; leave one out')
     one = {field: given[0][1] for field, given in chosen.items() if given and field not in ('callbacks', 'settings')}
@@ -123,7 +143,7 @@ def _all(makers: list[Callable]) -> Callable:
 
 def _together(makers: list[Callable], config: Any) -> list: return [cb for make in makers for cb in make(config)]
 
-# %% ../nbs/62_methods.ipynb #44a44385
+# %% ../nbs/62_methods.ipynb #511a9a9f
 SOURCES = pd.DataFrame([
     ('fedavg', 'McMahan 2017, alg. 1', 'nothing', '1', '1', '1'),
     ('fedsq', 'Perez-Corral 2026, abstract', 'settings are ours: the paper\'s are not published', '1 (4/3 without stored gates)', '1, and 1 once', '1'),
@@ -135,11 +155,24 @@ SOURCES = pd.DataFrame([
     ('head', 'common practice', 'nothing', '1/3', 'head only', 'head only'),
     ('fedprox', 'Li 2020, eq. 2', 'SGD with momentum solves the local problem', '1', '1', '1'),
     ('scaffold', 'Karimireddy 2020, alg. 1', 'clients weigh by their images; with momentum, option II divides by ||a||_1', '1 (2 for option I)', '2', '2'),
-    ('moon', 'Li 2021, eq. 3', 'no projection head; the representation is the last layer\'s input', '5/3', '1', '1'),
+    ('moon', 'Li 2021, contrastive loss', 'no projection head; the representation is the last layer\'s input', '5/3', '1', '1'),
     ('feddyn', 'Acar 2021, alg. 1', 'the local problem is solved by SGD; statistics of batch norms are averaged', '1', '1', '1'),
-    ('fedlc', 'Zhang 2022, eq. 7', 'classes that are absent take no part', '1', '1', '1'),
-    ('balanced', 'Ren 2020, eq. 4', 'per client; classes that are absent take no part', '1', '1', '1'),
-    ('fedbn', 'Li 2021, alg. 1', 'the global model is measured with the pretrained norms', '1', '1 without norms', '1 without norms'),
+    ('fedlc', 'Zhang 2022, calibrated loss', 'the class itself is in the sum; classes that are absent take no part', '1', '1', '1'),
+    ('balanced', 'Ren 2020, balanced softmax', 'per client; classes that are absent take no part', '1', '1', '1'),
+    ('fedbn', 'Li 2021, FedBN', 'the global model is measured with the pretrained norms', '1', '1 without norms', '1 without norms'),
+    ('fedavgm', 'Hsu 2019', 'nothing', '1', '1', '1'),
+    ('fedadagrad', 'Reddi 2021, alg. 2', 'clients weigh by their images; statistics are averaged', '1', '1', '1'),
+    ('fedadam', 'Reddi 2021, alg. 2', 'as fedadagrad', '1', '1', '1'),
+    ('fedyogi', 'Reddi 2021, alg. 2', 'as fedadagrad', '1', '1', '1'),
+    ('fednova', 'Wang 2020', 'nothing', '1', '1', '1'),
+    ('median', 'Yin 2018, alg. 1', 'over weights after local epochs, not single gradients', '1', '1', '1'),
+    ('trimmed', 'Yin 2018, alg. 1', 'as median', '1', '1', '1'),
+    ('krum', 'Blanchard 2017, sec. 4', 'as median', '1', '1', '1'),
+    ('multikrum', 'Blanchard 2017, sec. 4', 'as median', '1', '1', '1'),
+    ('bulyan', 'El Mhamdi 2018, sec. 4', 'as median', '1', '1', '1'),
+    ('geomedian', 'Pillutla 2022, smoothed Weiszfeld', 'exact sums instead of secure ones', '1', '1', '1'),
+    ('clipped', 'Sun 2019', 'the limit is the round\'s median unless given', '1', '1', '1'),
+    ('private', 'McMahan 2018, alg. 1', 'clients weigh alike; fixed sampling is accounted for as Poisson; no limits that compare clients', '1', '1', '1'),
     ('fp16', 'common practice', 'changes, not weights, with error feedback', '1', '1', '1/2'),
     ('int8', 'common practice', 'changes, one scale a tensor, with error feedback', '1', '1', '1/4'),
     ('topk', 'Stich 2018', 'the largest changes of each tensor, with error feedback', '1', '1', '2 x the share')],

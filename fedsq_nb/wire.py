@@ -178,17 +178,17 @@ def lag(
         lags.append(norm(behind) / norm(change))
     return lags
 
-# %% ../nbs/45_wire.ipynb #34b21a39
+# %% ../nbs/45_wire.ipynb #6ff95199
 def plot_lag(
     lags: dict[str, Sequence[float]], # Label to the lag after each round; a label that ends in 'without' is dashed
     ax: Axes | None = None, # Where to draw; a new figure if None
 ) -> Axes:
     "Draw lags over rounds on logarithmic axes."
-    if ax is None: ax = plt.subplots(figsize=(5.5, 3.4), dpi=80)[1]
+    if ax is None: ax = plt.subplots(figsize=(6.5, 3.2), dpi=80)[1]
     colours = {}
     for label, values in lags.items():
         colour = colours.setdefault(label.split()[0], f'C{len(colours)}')
         ax.loglog(range(1, len(values) + 1), values, '--' if label.endswith('without') else '-', color=colour, label=label)
     ax.set(xlabel='round', ylabel='lag (changes of one round)', title='With feedback the lag stays bounded')
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     return ax

@@ -1,5 +1,5 @@
 "The engine: one result whoever executes it, clients and processes that fail, checkpoints that are damaged, and runs that are killed."
-import contextlib, dataclasses, errno, functools, json, multiprocessing, os, pickle, signal, subprocess, sys, time, tomllib
+import contextlib, dataclasses, errno, functools, json, multiprocessing, os, pickle, resource, signal, subprocess, sys, threading, time, tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from fedsq_nb.cli import main
 from fedsq_nb.core import InputError, Update, copy_state, rng, save_state, state_hash
 from fedsq_nb.experiment import METHODS, Config, compare, load_task, run
 from fedsq_nb.execute import Processes, serial
-from fedsq_nb.federate import Diverged, Federation
+from fedsq_nb.federate import Federation, RoundVoid
 
 SMALL = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=4, alpha=1., min_size=4, batch_size=8, max_train=60, valid_fraction=.05, test_fraction=.05)
 START = {'w': torch.tensor([1., -2., 3.]), 'b': torch.tensor([[.5]]), 'seen': torch.tensor(0), 'none': torch.zeros(0, 2), 'half': torch.ones(3, dtype=torch.bfloat16)}
@@ -56,7 +56,7 @@ VARIETIES = {'plain': {}, 'flips': dict(flip=True), 'flips and shifts from four 
 def task_of(**settings): return load_task(Config(**SMALL | settings))
 
 @pytest.mark.parametrize('variety', VARIETIES)
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', ['fedavg', 'fedprox', 'fedsq'])
 def test_the_same_bits_for_any_number_of_workers(method, variety, tmp_path):
     settings = VARIETIES[variety]
     if 'cache' in settings and method != 'fedsq': pytest.skip('stores no gates')
@@ -174,8 +174,8 @@ def test_too_few_good_clients_make_the_round_void(fault):
         fed = federation(faulty(FAULTS[fault][0], bad=(0, 2, 3), rounds=(2,)), 4, min_clients=2, execute=pool)
         fed.fit(1)
         before, state = state_hash(fed.state), fed.state
-        with pytest.raises(Diverged, match='round 2: 3 of 4 clients failed'): fed.fit(1)
-        assert fed.state is state and state_hash(fed.state) == before and fed.rows[-1]['state'] == 'diverged'
+        with pytest.raises(RoundVoid, match='round 2: 3 of 4 clients failed'): fed.fit(1)
+        assert fed.state is state and state_hash(fed.state) == before and fed.rows[-1]['state'] == 'void'
         assert [f['client'] for f in fed.rows[-1]['failures']] == [0, 2, 3]
 
 def test_a_generator_that_is_abandoned_leaves_nothing_for_the_next_round():
@@ -528,6 +528,54 @@ def refused(capsys):
         assert printed == '' and err.count('\n') == 1 and err.startswith('fedsq: ') and tree(folder) == before, err
         for word in words: assert word in err, err
     return check
+
+def _limited(argv, log, size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    _command(argv, log)
+
+def test_a_disk_that_is_full_stops_the_run_so_that_it_can_go_on(whole, tmp_path):
+    "A file may grow to 40 KB and no further: the settings are written, a checkpoint is not."
+    want, _ = whole('fixed')
+    out, log = tmp_path/'out', tmp_path/'log'
+    argv = ['compare', *TINY, *RATES['fixed'], '--out', str(out)]
+    p = multiprocessing.get_context('fork').Process(target=_limited, args=(argv, str(log), 40_000))
+    p.start()
+    assert finish(p) == 1
+    assert 'File too large' in log.read_text() and f'go on with: fedsq compare --resume --out {out}' in log.read_text() and 'Traceback' not in log.read_text()
+    assert [n for n in tree(out) if Path(n).name.startswith('.')] == [] and not list((out/'checkpoints').rglob('*.safetensors'))
+    assert finish(start(['compare', '--resume', '--out', str(out)], log)) == 0, log.read_text()
+    same_results(out, want)
+
+def _soon_nobody(argv, log, out):
+    "The command, by somebody who may not write any more once the first checkpoint is there."
+    def change():
+        while not list((out/'checkpoints').rglob('*.safetensors')): time.sleep(.002)
+        for folder in [out, *out.rglob('*')]:
+            if folder.is_dir(): folder.chmod(0o555)
+        os.seteuid(65534)
+    threading.Thread(target=change, daemon=True).start()
+    _command(argv, log)
+
+@pytest.mark.skipif(os.name != 'posix' or os.geteuid() != 0, reason='only root can become somebody else')
+def test_a_folder_that_becomes_read_only_stops_the_run_so_that_it_can_go_on(whole, tmp_path):
+    want, _ = whole('fixed')
+    out, log = tmp_path/'out', tmp_path/'log'
+    p = multiprocessing.get_context('fork').Process(target=_soon_nobody, args=(['compare', *TINY, *RATES['fixed'], '--out', str(out)], str(log), out))
+    p.start()
+    assert finish(p) == 1, log.read_text()
+    assert 'Permission denied' in log.read_text() and '--resume' in log.read_text() and 'Traceback' not in log.read_text()
+    for folder in [out, *out.rglob('*')]:
+        if folder.is_dir(): folder.chmod(0o755)
+    assert finish(start(['compare', '--resume', '--out', str(out)], log)) == 0, log.read_text()
+    same_results(out, want)
+
+def test_checkpoints_after_every_third_round(whole, tmp_path):
+    out = tmp_path/'run'
+    task = task_of(rounds=5, checkpoint_every=3)
+    one = run(task, 'fedsq', 0, .02, checkpoints=out)
+    assert sorted(p.name for p in out.iterdir()) == ['round-000000.safetensors', 'round-000003.safetensors']
+    again = run(task, 'fedsq', 0, .02, checkpoints=out)
+    assert timeless(again.rows) == timeless(one.rows) and state_hash(again.state) == state_hash(one.state)
 
 def test_a_run_that_is_complete_is_not_gone_on_with(whole, refused):
     out = whole('fixed')[0]
