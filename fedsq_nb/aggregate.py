@@ -130,7 +130,7 @@ def check_update(
     for name, value in update.metrics.items():
         if not _finite(value): return f'metric {name!r} is {value!r}, not a finite number'
 
-# %% ../nbs/50_aggregate.ipynb #81a1c4bf
+# %% ../nbs/50_aggregate.ipynb #7c131396
 def _ways(updates: Sequence[Update], before: State) -> Iterator[Tensor]: # (clients, numbers), in the tensors' own precision, float32 at least
     "The clients' changes, block by block."
     for name in [n for n, t in before.items() if t.is_floating_point()]:
@@ -138,7 +138,7 @@ def _ways(updates: Sequence[Update], before: State) -> Iterator[Tensor]: # (clie
         kind = torch.promote_types(start.dtype, torch.float32)
         for at in _blocks(start.numel(), max(1, 2**19 // max(len(updates), 1))):
             way = torch.empty(len(updates), at.stop - at.start, dtype=kind, device=start.device)
-            for k, s in enumerate(states): torch.sub(s[at], start[at], out=way[k])
+            for k, s in enumerate(states): torch.sub(s[at].to(kind), start[at].to(kind), out=way[k])  # not in half precision, which `out` alone would allow
             yield way
 
 @torch.no_grad()
@@ -151,12 +151,12 @@ def change_norms(
     for way in _ways(updates, before): squares += torch.stack([w.dot(w) for w in way]).double().cpu()
     return squares.sqrt().tolist()
 
-# %% ../nbs/50_aggregate.ipynb #99b5aedb
+# %% ../nbs/50_aggregate.ipynb #bb6d8fb8
 def _outliers(updates: list[Update], values: list[float], limit: float | None, what: str) -> tuple[list[Update], list[dict]]:
     "Part those whose value is infinite or more than `limit` times the median of the finite ones above 0."
     if limit is None or len(updates) < 3: return updates, []
     middle = median_low([v for v in values if 0 < v < math.inf] or [0.])
-    far = [v == math.inf or v > limit*middle for v in values]
+    far = [v > limit*middle for v in values]
     failures = [{'client': u.client, 'reason': f"{what} {v:.2g} is more than {limit:g} times the round's median {middle:.2g}"} for u, v, f in zip(updates, values, far) if f]
     return [u for u, f in zip(updates, far) if not f], failures
 

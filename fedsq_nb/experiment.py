@@ -8,7 +8,7 @@ __all__ = ['Config', 'coerce', 'check', 'fixed_rates', 'read_toml', 'resolve', '
            'run', 'run_settings', 'try_rate', 'calibrate', 'claim', 'append_row', 'write_config', 'partition_card',
            'Comparison', 'compare', 'go_on']
 
-# %% ../nbs/70_experiment.ipynb #6a16a5c7
+# %% ../nbs/70_experiment.ipynb #fbd67d54
 import contextlib, dataclasses, errno, functools, hashlib, json, math, os, shutil, sys, tomllib, typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,11 +32,12 @@ from .federate import Diverged, Federation, RoundVoid, ran_away
 from .gates import disagreement
 from .learner import LocalTraining, constant_state, evaluate, shared_names, shared_state, trained_copy
 from .methods import METHODS, Method, Scene, gated, method_of
+from .privacy import epsilon
 from .wire import decode, encode, parse_kind
 from .partition import card, class_counts, dirichlet, iid, label_skew, niid_bench, partition_hash, quantity_skew, shards
 from .skew import KINDS, feature_skew
 
-# %% ../nbs/70_experiment.ipynb #c1890962
+# %% ../nbs/70_experiment.ipynb #86f6220d
 def _opt(default, help: str): return dataclasses.field(default=default, metadata={'help': help})
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Config:
     clip: float = _opt(0., 'Clipped mean: longest change; 0: the round\'s median')
     dp_clip: float = _opt(1., 'Private mean: longest change')
     dp_noise: float = _opt(0.1, 'Private mean: noise multiplier')
+    dp_delta: float = _opt(1e-5, 'Private mean: delta of the promise that is reported')
     compress: str = _opt('', 'Compression of updates: float16, bfloat16, int8, or topk:SHARE; empty: none')
     flip: bool = _opt(False, 'Mirror training images at random')
     crop: int = _opt(0, 'Shift training images at random by up to so many pixels')
@@ -154,13 +156,13 @@ def coerce(
         wanted = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}.get(kind, 'a list')
         raise InputError(f'{name} {value!r} is not {wanted}') from None
 
-# %% ../nbs/70_experiment.ipynb #3a056b4e
+# %% ../nbs/70_experiment.ipynb #8dde7628
 _AT_LEAST = {'clients': 1, 'per_round': 0, 'min_size': 1, 'rounds': 1, 'local_epochs': 1, 'batch_size': 0, 'calibration_rounds': 0, 'calibration_seeds': 1,
              'seeds': 1, 'seed': 0, 'max_train': 0, 'crop': 0, 'views': 0, 'cache_bytes': 0, 'threads': 1, 'workers': 0, 'client_seconds': 0., 'size': 0, 'momentum': 0., 'weight_decay': 0., 'mu': 0.,
              'refresh': 0, 'classes_per_client': 1, 'power': 0., 'skew_strength': 0., 'checkpoint_every': 1, 'fraction': 0., 'dropout': 0., 'stragglers': 0., 'min_clients': 1, 'norm_limit': 0., 'weight_limit': 0., 'moon_mu': 0., 'server_lr': 0., 'server_momentum': 0.,
              'malicious': 0, 'trim': 0., 'clip': 0., 'dp_noise': 0.}
 _AT_MOST = {'fraction': 1., 'dropout': 1., 'stragglers': 1.}
-_ABOVE = ('dyn_alpha', 'moon_temperature', 'lc_tau', 'server_tau', 'dp_clip')
+_ABOVE = ('dp_delta', 'dyn_alpha', 'moon_temperature', 'lc_tau', 'server_tau', 'dp_clip')
 _CHOICES = {'head': ('stock', 'light'), 'bn': ('frozen', 'train'), **OPTIONS, 'unknown': ('error', 'plain'), 'cache_type': ('float16', 'bfloat16', 'float32'), 'partition': ('dirichlet', 'iid', 'niid_bench', 'label_skew', 'shards', 'quantity_skew'), 'skew': ('none', *KINDS),
             'gates': ('own', 'random'), 'gated': ('all', 'lower', 'upper'), 'sampling': ('uniform', 'size'), 'calibration': ('federated', 'centralised')}
 
@@ -295,7 +297,7 @@ def storage(self: Task,
     "What storing gates will take, known before anything is built; the training part's is taken first."
     return verdict([plan(model.eval(), self.batches(part), self.config.cache_type) for part in ('train', 'valid', 'test')], self.config.cache_bytes)
 
-# %% ../nbs/70_experiment.ipynb #db296fd8
+# %% ../nbs/70_experiment.ipynb #f9c4b48d
 def load_task(
     config: Config, # The settings
 ) -> Task:
@@ -315,9 +317,16 @@ def load_task(
     check_size(network, config.backbone, config.size, form.channels)
     models = [_checked(task, method) for method in config.methods]
     notes += [task.storage(m) for m in models if isinstance(m, DualCopy)][:1 if config.cache != 'off' else 0]
+    notes += [_promise(config)] if any('private' in m.split('+') for m in config.methods) else []
     return dataclasses.replace(task, notes=tuple(notes))
 
 def _seeds(config: Config) -> range: return range(config.seed, config.seed + config.seeds)
+
+def _promise(c: Config) -> str:
+    "What a private run promises each client."
+    try: e = epsilon(c.dp_noise, c.rounds, (c.per_round or c.clients) / c.clients, c.dp_delta)
+    except InputError as error: return f'private: {error}'
+    return f'private: each run is ({e:.3g}, {c.dp_delta:g})-differentially private for each client, the calibration and what is measured apart; noise {c.dp_noise:g}, {c.rounds} rounds'
 
 def _checked(task: Task, method: str) -> nn.Module:
     "The method's model, once its server rule has averaged a round of nothing."

@@ -1,5 +1,5 @@
 "The server's arithmetic: an oracle in plain numpy, the laws of a mean, and every poison kept out of it."
-import copy, itertools
+import copy, functools, itertools, math, statistics
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fedsq_nb.aggregate import FedAvg, averaging_gap, check_update, plot_gap, sift, weighted_mean
-from fedsq_nb.core import InputError, Update, rng, state_hash
+from fedsq_nb import aggregate
+from fedsq_nb.aggregate import FedAvg, averaging_gap, change_norms, check_update, plot_gap, sift, spread, weighted_mean
+from fedsq_nb.core import InputError, Update, norm, rng, state_hash, sub
 
 fast = settings(max_examples=60, deadline=None)
 floats = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -146,6 +147,46 @@ def test_a_non_contiguous_tensor_is_averaged_by_position():
     t = torch.arange(6.).reshape(2, 3)
     assert torch.equal(weighted_mean([{'w': t.T}, {'w': t.T.contiguous() + 2}], [1, 1])['w'], t.T + 1)
 
+def plainly(tensors, shares):
+    "The mean as it reads: whole tensors, one term after the other."
+    first, *rest = tensors
+    if all(torch.equal(first, t) for t in rest): return first.clone()
+    if not first.is_floating_point(): return functools.reduce(torch.maximum, rest, first)
+    total = shares[0] * first.double()
+    for share, t in zip(shares[1:], rest): total += share * t.double()
+    return total.to(first.dtype)
+
+def exact_shares(weights):
+    scaled = [float(w) / float(max(weights)) for w in weights]
+    return [w / math.fsum(scaled) for w in scaled]
+
+@fast
+@given(rounds(), st.sampled_from([1, 3, 4, 5, 2**16]))
+def test_blocks_do_not_move_a_bit(drawn, block):
+    states, weights = drawn
+    want = {k: plainly([s[k] for s in states], exact_shares(weights)) for k in states[0]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aggregate, '_BLOCK', block)
+        assert state_hash(weighted_mean(states, weights)) == state_hash(want)
+
+@pytest.mark.parametrize('dtype', floats, ids=str)
+@pytest.mark.parametrize('n', [2**16 - 1, 2**16, 2**16 + 1, 3 * 2**16 + 7])
+def test_tensors_longer_than_a_block_have_the_bits_of_the_plain_formula(n, dtype):
+    g = rng(0, 'long', n)
+    states, weights = [{'w': torch.from_numpy(g.normal(size=n)).to(dtype)} for _ in range(4)], [3, 1, 4.5, 159]
+    states[2] = {'w': torch.stack([states[2]['w']] * 2, 1)[:, 0]}  # the same numbers, every second place in memory
+    assert torch.equal(weighted_mean(states, weights)['w'], plainly([s['w'] for s in states], exact_shares(weights)))
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_gpu_gives_the_processors_bits():
+    states = [{'w': torch.from_numpy(rng(0, 'gpu', k).normal(size=100_000)).float(), 'n': torch.tensor(k)} for k in range(4)]
+    there = [{k: t.cuda() for k, t in s.items()} for s in states]
+    mean = weighted_mean(there, [1, 2, 3, 4])
+    assert mean['w'].is_cuda and state_hash(mean) == state_hash(weighted_mean(states, [1, 2, 3, 4]))
+    updates = lambda some: [Update(client=k, round=1, state=s, weight=1 + k) for k, s in enumerate(some)]
+    for name, value in spread(updates(there[1:]), there[0]).items(): assert value == pytest.approx(spread(updates(states[1:]), states[0])[name], rel=1e-5)
+    assert len(sift(updates(there), there[0], norm_limit=10., weight_limit=10.)[0]) == 4
+
 
 # -- what cannot be averaged -------------------------------------------------------------------------------------------
 
@@ -253,8 +294,134 @@ def test_a_refused_update_does_not_use_up_the_clients_voice():
     assert len(good) == 1 and good[0] is fresh and len(failures) == 1
 
 def test_absurd_but_finite_passes_the_guard():
-    "1e30 is a number: plausibility is for robust rules, and this pins where the guard's promise ends."
+    "1e30 is a number: on its own an update is not implausible, only beside others, and only where a limit is set."
     assert check_update(with_value(1e30)(healthy(3)), expected, round=4) is None
+    assert len(sift([healthy(1), healthy(2), with_value(1e30)(healthy(3))], expected, round=4)[0]) == 3
+
+@pytest.mark.parametrize('dtype', floats, ids=str)
+def test_finite_values_pass_although_their_sum_overflows(dtype):
+    "The quick look is at the sum; what it cannot tell is counted."
+    top = torch.finfo(dtype).max
+    wide = lambda *values: Update(client=1, round=1, state={'w': torch.tensor(values, dtype=dtype)}, weight=1)
+    want = {'w': torch.zeros(4, dtype=dtype)}
+    assert check_update(wide(top, top, top, top), want) is None
+    assert check_update(wide(-top, -top, top, -top), want) is None
+    assert check_update(wide(inf, -inf, top, top), want) == "non-finite values in 'w' (2 of 4)"
+
+@fast
+@given(rounds(dtypes=(*floats, *wholes)), st.data())
+def test_one_bad_number_anywhere_is_found(drawn, data):
+    states, weights = drawn
+    state = copy.deepcopy(states[0])
+    places = [(k, i) for k, t in state.items() if t.is_floating_point() for i in range(t.numel())]
+    u = Update(client=1, round=1, state=state, weight=weights[0])
+    assert check_update(u, states[0]) is None
+    if not places: return
+    name, i = data.draw(st.sampled_from(places))
+    state[name].view(-1)[i] = data.draw(st.sampled_from([nan, inf, -inf]))
+    assert check_update(u, states[0]) == f"non-finite values in {name!r} (1 of {state[name].numel()})"
+
+
+# -- beside the others -------------------------------------------------------------------------------------------------
+
+def flat(state): return np.concatenate([np.zeros(0), *[t.double().numpy().ravel() for t in state.values() if t.is_floating_point()]])
+def as_updates(states, weights): return [Update(client=i, round=1, state=s, weight=w) for i, (s, w) in enumerate(zip(states, weights))]
+
+def precision(state):
+    "Relative error of a difference and a sum of squares in the tensors' own precision, single at least."
+    return 1e-12 if all(t.dtype == torch.float64 for t in state.values() if t.is_floating_point()) else 1e-5
+
+@fast
+@given(rounds())
+def test_norms_and_spread_agree_with_plain_numpy(drawn):
+    states, weights = drawn
+    before, updates = states[0], as_updates(states[1:], weights[1:])
+    if not updates: return
+    ways, p = np.stack([flat(u.state) - flat(before) for u in updates]), np.array(weights[1:]) / np.sum(weights[1:])
+    lengths, mean, rel = np.linalg.norm(ways, axis=1), p @ ways, precision(before)
+    assert change_norms(updates, before) == pytest.approx(lengths, rel=rel, abs=1e-30)
+    seen = spread(updates, before)
+    assert (seen['drift'], seen['drift_max']) == pytest.approx((lengths.mean(), lengths.max()), rel=rel, abs=1e-30)
+    wide = lambda state: {k: t.double() for k, t in state.items() if t.is_floating_point()}
+    assert seen['drift'] == pytest.approx(sum(norm(sub(wide(u.state), wide(before))) for u in updates) / len(updates), rel=rel, abs=1e-30)
+    if not lengths.all(): return
+    if np.linalg.norm(mean) > 1e-2 * lengths.max(): assert seen['cosine'] == pytest.approx((ways @ mean / lengths / np.linalg.norm(mean)).mean(), abs=100*rel)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_norms_of_many_clients_over_many_blocks(dtype):
+    "40 clients of 30000 numbers take several blocks, the last of them short."
+    g = rng(0, 'blocks')
+    before = {'w': torch.from_numpy(g.normal(size=(300, 100))).to(dtype), 'n': torch.tensor(3)}
+    updates = as_updates([{'w': before['w'] + torch.from_numpy(g.normal(size=(300, 100)) * 1e-3).to(dtype), 'n': torch.tensor(k)} for k in range(40)], range(1, 41))
+    want = [norm(sub(u.state, before)) for u in updates]
+    assert change_norms(updates, before) == pytest.approx(want, rel=precision(before))
+    assert spread(updates, before)['drift_max'] == pytest.approx(max(want), rel=precision(before))
+
+def test_cosine_counts_who_stayed_as_nought_and_weights_the_mean():
+    "One goes along x with weight 3, one along y with weight 4: the mean is (3, 4)/7, the cosines 3/5 and 4/5; a third that stays has none."
+    to = lambda *ends: as_updates([{'w': torch.tensor(e)} for e in ends], [3, 4, 5])
+    assert spread(to([1., 0.], [0., 1.]), {'w': torch.zeros(2)})['cosine'] == pytest.approx(.7)
+    assert spread(to([1., 0.], [0., 1.], [0., 0.]), {'w': torch.zeros(2)})['cosine'] == pytest.approx(1.4 / 3)
+    assert spread(to([0., 0.], [0., 0.]), {'w': torch.zeros(2)}) == {'drift': 0., 'drift_max': 0., 'cosine': None}
+
+@pytest.mark.parametrize('dtype', floats[:2], ids=str)
+def test_narrow_types_are_subtracted_in_single_precision(dtype):
+    before, updates = {'w': torch.full((3,), -6e4, dtype=dtype)}, as_updates([{'w': torch.tensor([6e4, -6e4, .1234], dtype=dtype)}], [1])
+    want = norm({'w': updates[0].state['w'].double() - before['w'].double()})
+    assert math.isfinite(want) and change_norms(updates, before) == pytest.approx([want], rel=1e-6)
+
+def test_norms_without_weights_are_nought():
+    updates = as_updates([{'n': torch.tensor(k), 'e': torch.zeros(0)} for k in range(3)], [1, 1, 1])
+    before = {'n': torch.tensor(9), 'e': torch.zeros(0)}
+    assert change_norms(updates, before) == [0.] * 3 and change_norms([], before) == []
+    assert spread(updates, before) == {'drift': 0., 'drift_max': 0., 'cosine': None}
+    assert len(sift(updates, before, norm_limit=1e-9, weight_limit=1.)[0]) == 3
+
+def left(values, limit):
+    "Indices that stay: an oracle in the words of the rule."
+    if len(values) < 3: return list(range(len(values)))
+    above = sorted(v for v in values if v > 0 and v != inf)
+    middle = above[(len(above) - 1) // 2] if above else 0
+    return [i for i, v in enumerate(values) if v != inf and not v > limit * middle]
+
+lengths = st.one_of(st.just(0.), st.integers(1, 2000).map(float), st.just(1e30))
+
+@settings(fast, max_examples=150)
+@given(st.lists(st.tuples(lengths, st.integers(1, 5000)), min_size=1, max_size=8), st.sampled_from([1.5, 10., 100.]), st.sampled_from([1., 20., 1000.]), st.randoms(use_true_random=False))
+def test_limits_keep_whom_an_oracle_keeps(clients, norm_limit, weight_limit, random):
+    "First weights, then changes beside the median of those still in."
+    updates = [Update(client=i, round=1, state={'w': torch.tensor([1. + x, 1.]), 'n': torch.tensor(i)}, weight=w) for i, (x, w) in enumerate(clients)]
+    light = left([float(w) for _, w in clients], weight_limit)
+    near = [light[i] for i in left([inf if clients[k][0] > 1e29 else clients[k][0] for k in light], norm_limit)]
+    good, failures = sift(random.sample(updates, len(updates)), {'w': torch.ones(2), 'n': torch.tensor(0)}, round=1, norm_limit=norm_limit, weight_limit=weight_limit)
+    assert [u.client for u in good] == near
+    assert [f['client'] for f in failures] == [i for i in range(len(updates)) if i not in near]
+    for f in failures: assert f['reason'].startswith('weight' if f['client'] not in light else 'change of norm') and 'times the round' in f['reason']
+
+def test_limits_name_value_limit_and_median():
+    updates = as_updates([{'w': torch.tensor([v])} for v in (.2, .21, .22, 3e10, .2)], [10, 20, 30, 40, 99999])
+    good, failures = sift(updates, {'w': torch.zeros(1)}, norm_limit=100, weight_limit=1000)
+    assert [u.client for u in good] == [0, 1, 2]
+    assert failures == [{'client': 3, 'reason': "change of norm 3e+10 is more than 100 times the round's median 0.21"},
+                        {'client': 4, 'reason': "weight 1e+05 is more than 1000 times the round's median 30"}]
+
+@pytest.mark.parametrize('bad', range(1, 10))
+def test_an_overflowing_change_is_left_out_however_many_there_are(bad):
+    updates = as_updates([{'w': torch.tensor([1e30 if k < bad else 1.])} for k in range(10)], [1] * 10)
+    assert [u.client for u in sift(updates, {'w': torch.zeros(1)}, norm_limit=100.)[0]] == list(range(bad, 10))
+
+def test_two_have_no_majority_and_no_limit_is_no_limit():
+    updates = as_updates([{'w': torch.tensor([v])} for v in (1., 1e30, 2.)], [1, 10**12, 1])
+    assert len(sift(updates[:2], {'w': torch.zeros(1)}, norm_limit=2., weight_limit=2.)[0]) == 2
+    assert len(sift(updates, {'w': torch.zeros(1)})[0]) == 3
+    assert statistics.median_low([1, 2, 3, 4]) == 2  # of two middle ones the lower: half the round being far off is enough to notice it
+
+def test_bad_updates_do_not_shift_the_median():
+    "A NaN, a stale one and a duplicate are gone before anybody is compared."
+    updates = as_updates([{'w': torch.tensor([v])} for v in (1., 1., 1., 50.)], [1] * 4)
+    noise = [Update(client=k, round=2, state={'w': torch.tensor([1e3])}, weight=1) for k in (7, 8, 9)] + [replace(updates[0], state={'w': torch.tensor([1e3])})]
+    good, failures = sift([*updates, *noise], {'w': torch.zeros(1)}, round=1, norm_limit=10.)
+    assert [u.client for u in good] == [0, 1, 2] and [f['client'] for f in failures] == [0, 3, 7, 8, 9]
 
 def test_checks_come_in_their_stated_order():
     "An update with every fault at once shows them one by one as they are mended."
