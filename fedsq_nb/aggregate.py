@@ -36,13 +36,13 @@ def _shares(weights: Iterable[float]) -> list[float]:
     n = math.fsum(scaled)
     return [w / n for w in scaled]
 
-# %% ../nbs/50_aggregate.ipynb #6ebe38f6
-def _mean(tensors: list[Tensor], shares: list[float]) -> Tensor:
-    "One tensor of the weighted mean; the maximum where it holds whole numbers or truth values."
+# %% ../nbs/50_aggregate.ipynb #c9d092da
+def _mean(tensors: list[Tensor], shares: list[float], wide: bool = False) -> Tensor:
+    "One tensor of the weighted mean, in float64 if `wide`; the maximum where it holds whole numbers or truth values."
     first, *rest = tensors
-    if all(torch.equal(first, t) for t in rest): return first.clone()
+    if all(torch.equal(first, t) for t in rest): return first.double() if wide and first.is_floating_point() and first.dtype != torch.float64 else first.clone()
     if not first.is_floating_point(): return functools.reduce(torch.maximum, rest, first)
-    mean, flat = torch.empty_like(first, memory_format=torch.contiguous_format), [t.reshape(-1) for t in tensors]
+    mean, flat = torch.empty_like(first, dtype=torch.float64 if wide else first.dtype, memory_format=torch.contiguous_format), [t.reshape(-1) for t in tensors]
     total, term = torch.empty(2, min(_BLOCK, first.numel()), dtype=torch.float64, device=first.device)
     for at in _blocks(first.numel(), _BLOCK):
         n = at.stop - at.start
@@ -73,11 +73,12 @@ def _mismatch(state: State, expected: State) -> str | None:
     for k, want in expected.items():
         if state[k].shape != want.shape: return f'{k!r} has shape {tuple(state[k].shape)}, expected {tuple(want.shape)}'
 
-# %% ../nbs/50_aggregate.ipynb #181c3984
+# %% ../nbs/50_aggregate.ipynb #c837ef0a
 @torch.no_grad()
 def weighted_mean(
     states: Sequence[State], # One state a client, all with the same names, types and shapes
     weights: Sequence[float], # n_k: one a client, finite and above 0; only their ratios matter
+    wide: bool = False, # Means in float64, not rounded to the tensors' types
 ) -> State: # sum_k (n_k / n) w_k in new memory, with the types and key order of the first state
     "The weighted mean of `states`, tensor by tensor. Raises `InputError` when there is nothing, or nothing sensible, to average."
     states, shares = list(states), _shares(weights)
@@ -85,7 +86,7 @@ def weighted_mean(
     if len(states) != len(shares): raise InputError(f'weights has {len(shares)} numbers for {len(states)} states: give one a client')
     for i, s in enumerate(states):
         if reason := _mismatch(s, states[0]): raise InputError(f'states[{i}] does not match states[0]: {reason}')
-    return {k: _mean([s[k] for s in states], shares) for k in states[0]}
+    return {k: _mean([s[k] for s in states], shares, wide) for k in states[0]}
 
 # %% ../nbs/50_aggregate.ipynb #0021dc66
 def averaging_gap(

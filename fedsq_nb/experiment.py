@@ -511,14 +511,14 @@ def run(
             except Diverged as e: say(f'{method}, seed {seed}, learning rate {lr:g}: {e}')
     return fed
 
-# %% ../nbs/70_experiment.ipynb #b1462255
+# %% ../nbs/70_experiment.ipynb #ec056c2d
 def _federation(task: Task, method: str, seed: int, lr: float, parts: list[np.ndarray], test: bool, say: Callable) -> Federation:
     "A federation that is ready to begin."
     m = method_of(method)
     c = dataclasses.replace(task.config, **dict(m.settings))
     model, train, measure, inspect = stage(task, method, seed, lr, parts, test=test, say=say)
     sizes = [len(p) for p in parts]
-    scene = Scene(c, lr, sizes, seed)
+    scene = Scene(c, lr, sizes, seed, lr*c.mu if 'fedprox' in method.split('+') else 0.)
     state = {n: t for n, t in shared_state(model).items() if n not in set(train.at_home)}
     if m.control: state = with_control(state, [n for n in state if trained_copy(model).state_dict(keep_vars=True)[n].requires_grad])
     return Federation(state, len(parts), train, measure=measure, inspect=inspect, rule=m.around(scene, m.rule(scene)), seed=seed, per_round=min(c.per_round, len(parts)) or None,

@@ -27,7 +27,7 @@ from .privacy import PrivateFedAvg
 from .robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
 from .servers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi
 
-# %% ../nbs/62_methods.ipynb #fa993fa1
+# %% ../nbs/62_methods.ipynb #462ad385
 @dataclasses.dataclass(frozen=True)
 class Scene:
     "What a server rule may be made from."
@@ -35,6 +35,7 @@ class Scene:
     lr: float # The clients' learning rate
     sizes: Sequence[int] # Images of each client
     seed: int # The run's seed
+    proximal: float = 0. # Learning rate times mu, where clients have a proximal term
 
 def plain(model: nn.Module, config: Any) -> nn.Module: return model
 def nothing(config: Any) -> list: return []
@@ -87,13 +88,13 @@ def margins_of(c: Any) -> list: return [Margins('fedlc', c.lc_tau)]
 def balanced(c: Any) -> list: return [Margins('balanced')]
 def only_the_head(model: nn.Module, config: Any) -> nn.Module: return head_only(model)
 
-# %% ../nbs/62_methods.ipynb #96ce38c5
+# %% ../nbs/62_methods.ipynb #62657124
 def controlling(s: Scene, rule: Any) -> ScaffoldAvg: return ScaffoldAvg(sum(s.sizes), rule)
 def clipping(s: Scene, rule: Any) -> NormClipping: return NormClipping(s.config.clip or None, then=rule)
 def dynamic_mean(s: Scene) -> FedDynAvg: return FedDynAvg(s.config.dyn_alpha, len(s.sizes))
 def momentum(s: Scene) -> FedAvgM: return FedAvgM(s.config.server_lr or 1., s.config.server_momentum)
 def adaptive(kind: type, s: Scene) -> Any: return kind(lr=s.config.server_lr or 0.01, tau=s.config.server_tau)
-def normalised(s: Scene) -> FedNova: return FedNova(s.config.momentum)
+def normalised(s: Scene) -> FedNova: return FedNova(s.config.server_lr or 1., s.config.momentum, min(s.proximal, 0.999))
 def private(s: Scene) -> PrivateFedAvg: return PrivateFedAvg(s.config.dp_clip, s.config.dp_noise, s.config.per_round or len(s.sizes), s.seed)
 
 def median(s: Scene) -> FedMedian: return FedMedian()

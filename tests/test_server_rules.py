@@ -45,26 +45,26 @@ class HsuMomentum(Oracle):
 class Reddi(Oracle):
     def way(self, x, ys, n, steps):
         d = self.mean(x, ys, n)
-        if self.m is None: self.m, self.v = np.zeros_like(x), np.full_like(x, self.tau**2)
+        if self.m is None: self.m, self.v = np.zeros_like(x), np.full_like(x, 0. if self.corrected else self.tau**2)
         self.m = self.b1*self.m + (1 - self.b1)*d
         if self.kind == 'adagrad': self.v = self.v + d*d
         if self.kind == 'adam': self.v = self.b2*self.v + (1 - self.b2)*d*d
         if self.kind == 'yogi': self.v = np.array([v - (1 - self.b2)*q*((v > q)*1. - (v < q)) for v, q in zip(self.v, d*d)])
         m, v = self.m, self.v
-        if self.corrected: return self.eta * math.sqrt(1 - self.b2**self.t) / (1 - self.b1**self.t) * m / (np.sqrt(v) + self.tau)
+        if self.corrected: return self.eta * math.sqrt(1 - self.b2**(self.t + 1)) / (1 - self.b1**(self.t + 1)) * m / (np.sqrt(v) + self.tau)
         return self.eta*m / (np.sqrt(v) + self.tau)
 class Wang(Oracle):
     def way(self, x, ys, n, steps):
-        p, a = np.array(n) / np.sum(n), [sum(sum(self.rho**j for j in range(i)) for i in range(1, s + 1)) for s in steps]
+        p, a = np.array(n) / np.sum(n), [(1 - (1 - self.x)**s) / self.x if hasattr(self, 'x') else sum(sum(self.rho**j for j in range(i)) for i in range(1, s + 1)) for s in steps]
         return self.eta * sum(pk*ak for pk, ak in zip(p, a)) * sum(pk*(y - x)/ak for pk, y, ak in zip(p, ys, a))
 
 PAIRS = {'FedAvgM': (FedAvgM(.7, .9), HsuMomentum(eta=.7, beta=.9)), 'FedAvgM, no momentum': (FedAvgM(1.3, 0.), HsuMomentum(eta=1.3, beta=0.)),
-         **{f'{name}{" corrected" * c}': (kind(.1, b1, .95, .01, c), Reddi(eta=.1, b1=b1, b2=.95, tau=.01, kind=word, corrected=c))
-            for name, kind, word, b1 in (('FedAdagrad', FedAdagrad, 'adagrad', 0.), ('FedAdam', FedAdam, 'adam', .9), ('FedYogi', FedYogi, 'yogi', .8)) for c in (False, True) if (name, c) != ('FedAdagrad', True)},
-         'FedNova': (FedNova(), Wang(eta=1., rho=0.)), 'FedNova with momentum': (FedNova(.5, .9), Wang(eta=.5, rho=.9)), 'FedAvg, half way': (FedAvg(.5), HsuMomentum(eta=.5, beta=0.))}
+         **{f'{name}{" corrected" * c}': (kind(.1, b1, .95, .01, *[c]*c), Reddi(eta=.1, b1=b1, b2=.95, tau=.01, kind=word, corrected=c))
+            for name, kind, word, b1 in (('FedAdagrad', FedAdagrad, 'adagrad', 0.), ('FedAdam', FedAdam, 'adam', .9), ('FedYogi', FedYogi, 'yogi', .8)) for c in (False, True) if not c or name == 'FedAdam'},
+         'FedNova': (FedNova(), Wang(eta=1., rho=0.)), 'FedNova with momentum': (FedNova(.5, .9), Wang(eta=.5, rho=.9)), 'FedNova with proximal term': (FedNova(1., 0., .2), Wang(eta=1., rho=0., x=.2)), 'FedAvg, half way': (FedAvg(.5), HsuMomentum(eta=.5, beta=0.))}
 def fresh(name):
     rule, oracle = PAIRS[name]
-    kind, given = type(rule), {k: v for k, v in vars(rule).items() if k in ('lr', 'momentum', 'beta1', 'beta2', 'tau', 'bias_corrected')}
+    kind, given = type(rule), {k: v for k, v in vars(rule).items() if k in ('lr', 'momentum', 'proximal', 'beta1', 'beta2', 'tau', 'bias_corrected')}
     return kind(**given), type(oracle)(**{k: v for k, v in vars(oracle).items() if k not in ('t', 'm', 'v')})
 
 @pytest.mark.parametrize('seed', range(5))
@@ -149,6 +149,22 @@ def test_memory_survives_a_file_to_the_bit(make):
 @pytest.mark.parametrize('make', RULES)
 def test_memory_of_another_rule_is_refused(make):
     with pytest.raises(InputError, match='resume with the rule that saved it'): make().load_state_dict({'h/w': torch.zeros(1)})
+
+def test_memories_are_not_mixed_up():
+    kinds = [FedAvgM, FedAdagrad, FedAdam, FedYogi, FedNova]
+    for saved in kinds:
+        rule = saved()
+        run(rule, 1)
+        for other in kinds:
+            if other is saved: other().load_state_dict(rule.state_dict())
+            else:
+                with pytest.raises(InputError, match=f'{other.__name__} was given the memory of {saved.__name__}'): other().load_state_dict(rule.state_dict())
+
+def test_small_changes_of_narrow_types_are_not_lost():
+    'Nine clients at 1, one at 1 + 2**-7: the mean change is no bfloat16, and momentum gathers it.'
+    rule, state = FedAvgM(momentum=.9), {'w': torch.ones(1, dtype=torch.bfloat16)}
+    rule.step(state, [Update(k, 1, {'w': state['w'] + (2**-7 if k == 0 else 0)}, 1.) for k in range(10)])
+    assert rule.state_dict()['v/w'].item() == pytest.approx(2**-7 / 10)
 
 @pytest.mark.parametrize('make', [m for m in RULES[2:]])
 def test_statistics_and_counters_are_averaged_not_optimised(make):

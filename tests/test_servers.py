@@ -165,13 +165,14 @@ def test_fednovas_count_is_how_far_sgd_goes_on_a_slope(seed, momentum, steps):
 
 @fast
 @given(st.integers(0, 2**32), st.integers(1, 6))
-def test_fedavgm_without_momentum_has_the_bits_of_fedavg_where_differences_are_exact(seed, n):
-    "Single precision on a grid: the difference of two weights is exact in double, and so is the way back."
+def test_fedavgm_without_momentum_is_fedavg_to_one_rounding(seed, n):
+    "The mean is not rounded before the change is taken, so the two may round to neighbours, and to nothing else."
     g = rng(seed, 'grid')
     grid = lambda: {'w': torch.from_numpy(g.integers(-2**20, 2**20, 50) / 2**10).float()}
     state = grid()
     updates = [Update(c, 1, grid(), float(g.integers(1, 99))) for c in range(n)]
-    assert state_hash(FedAvgM(1., 0.).step(state, updates)) == state_hash(FedAvg().step(state, updates))
+    one, other = FedAvgM(1., 0.).step(state, updates)['w'], FedAvg().step(state, updates)['w']
+    assert ((one == other) | (one == torch.nextafter(other, one))).all()
 
 @pytest.mark.parametrize('lr', [.5, 1., 3.])
 def test_fedavgs_learning_rate_leaves_statistics_alone(lr):
