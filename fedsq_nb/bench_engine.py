@@ -146,7 +146,7 @@ def bench_server(
     return [dict(shape=f'{parameters:,} parameters', turns=turns, equal=equal, clients=clients, bare_seconds=median(seconds[name]), ratio=f'server work / {name}', **ratio(seconds, 'server', name),
                  limit=1.5, better='below') for name in ('numpy, double', 'numpy, single')]
 
-# %% ../nbs/84_bench_engine.ipynb #b506ebc9
+# %% ../nbs/84_bench_engine.ipynb #3fc36797
 _MEMORY = '''
 import resource, sys, numpy as np, torch
 from fedsq_nb.bench_engine import *
@@ -159,7 +159,7 @@ _START = '''
 import time
 from fedsq_nb.experiment import Config, compare
 began, first = time.perf_counter(), []
-compare(Config(lr='0.01', rounds=1, seeds=1, methods='fedsq'), say=lambda note: None, on_row=lambda row: first.append(time.perf_counter() - began))
+compare(Config(weights='random', lr='0.01', rounds=1, seeds=1, methods='fedsq'), say=lambda note: None, on_row=lambda row: first.append(time.perf_counter() - began))
 print(first[0])'''
 
 def _alone(program: str, *args: object) -> float:
@@ -197,11 +197,12 @@ def bench_options(
                  for what in seconds if what != 'plain']
     return rows
 
-# %% ../nbs/84_bench_engine.ipynb #7b5f1314
+# %% ../nbs/84_bench_engine.ipynb #2f0a760d
 def bench_engine(
     shapes: Sequence[str] = tuple(SHAPES), # Names of `SHAPES`
     *,
     turns: int = 7, # How often each job is timed
+    options: bool = False, # Measure the options of local training too? Compiling takes minutes
     say: Callable[[str], None] = lambda note: None, # Told of each part that is done
 ) -> pd.DataFrame: # One row for each ratio
     "Measure what the engine costs. Raises `InputError` for an unknown shape."
@@ -213,7 +214,7 @@ def bench_engine(
         say(f'{name} done')
     rows += bench_server(turns=min(turns, 5)) + bench_process(min(turns, 3))
     say('server, memory and start done')
-    rows += bench_options([n for n in shapes if n != 'logistic'], min(turns, 5))
+    if options: rows += bench_options([n for n in shapes if n != 'logistic'], min(turns, 5))
     return pd.DataFrame(rows).assign(**machine('cpu'))
 
 def engine_table(

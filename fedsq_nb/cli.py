@@ -34,7 +34,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         if f.type is bool: parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else: parser.add_argument(option, default=argparse.SUPPRESS, metavar='X', help=text)
 
-# %% ../nbs/90_cli.ipynb #259871cd
+# %% ../nbs/90_cli.ipynb #909b6bc1
 def parser() -> argparse.ArgumentParser:
     "The command line of `fedsq`."
     top = _Parser(prog='fedsq', description='Federated fine-tuning with fixed gates (FedSQ), compared with its baselines.', allow_abbrev=False)
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument('what', choices=['dualcopy', 'engine'], help='dualcopy: a FedSQ step against a FedAvg step, with stored gates and without; engine: a federation against a bare loop')
     b.add_argument('--nets', default=','.join(NETS), metavar='X', help='networks with their image size, separated by commas [%(default)s]')
     b.add_argument('--shapes', default=','.join(SHAPES), metavar='X', help='engine: federations to time, separated by commas [%(default)s]')
+    b.add_argument('--options', action='store_true', help='engine: measure other memory orders, bfloat16 and torch.compile too, which takes minutes')
     b.add_argument('--weights', default='', metavar='X', help='weights by network, as alexnet=FILE,resnet18=FILE [random]')
     b.add_argument('--turns', default='7', metavar='X', help='how often each job is timed [%(default)s]')
     b.add_argument('--threads', default='1', metavar='X', help='CPU threads [%(default)s]')
@@ -74,8 +75,8 @@ def parse(
         check_name(extra[0].split('=')[0], valid, 'option')
     return args
 
-# %% ../nbs/90_cli.ipynb #1e91ac47
-_OWN = {'report': ['--baseline', '--json'], 'bench': ['--nets', '--shapes', '--weights', '--turns', '--threads', '--device', '--out', '--json']}
+# %% ../nbs/90_cli.ipynb #173430df
+_OWN = {'report': ['--baseline', '--json'], 'bench': ['--nets', '--shapes', '--options', '--weights', '--turns', '--threads', '--device', '--out', '--json']}
 
 # %% ../nbs/90_cli.ipynb #2edf54ef
 def config_of(
@@ -141,7 +142,7 @@ def show(
     if as_json: return print(json.dumps(records(rows, baseline), indent=1))
     print(text_table(table(rows, baseline)), '', headline(rows, baseline), *notes(rows), f'Final weights: {fingerprint(rows)}', sep='\n')
 
-# %% ../nbs/90_cli.ipynb #90ac684d
+# %% ../nbs/90_cli.ipynb #1d30ff85
 def _words(e: Exception) -> str:
     "An error in one line."
     return f'{e.strerror or e}{f": {e.filename}" if e.filename else ""}' if isinstance(e, OSError) else str(e)
@@ -188,7 +189,7 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.weights.count('=') != len(list(filter(None, args.weights.split(',')))): raise InputError(f'weights {args.weights!r} must be pairs such as alexnet=FILE')
     say = lambda note: sys.stderr.write(note + '\n')
     with cpu_threads(1 if args.what == 'engine' else threads):
-        rows = bench_engine([n.strip() for n in args.shapes.split(',')], turns=turns, say=say) if args.what == 'engine' else bench_dualcopy([n.strip() for n in args.nets.split(',')], weights=weights, turns=turns, device=str(pick_device(args.device)), say=say)
+        rows = bench_engine([n.strip() for n in args.shapes.split(',')], turns=turns, options=args.options, say=say) if args.what == 'engine' else bench_dualcopy([n.strip() for n in args.nets.split(',')], weights=weights, turns=turns, device=str(pick_device(args.device)), say=say)
     lines = rows.to_json(orient='records', lines=True)
     if args.out: atomic_write(args.out, lines)
     if args.json: print(lines, end='')

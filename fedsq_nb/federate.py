@@ -176,7 +176,7 @@ def _mean_loss(good: list[Update]) -> float: return sum(u.weight*u.metrics.get('
 def _weights(state: State) -> State: return {n: t for n, t in state.items() if not n.startswith('control/')}
 def _weights_of(update: Update) -> Update: return dataclasses.replace(update, state=_weights(update.state))
 
-# %% ../nbs/60_federate.ipynb #6f37a005
+# %% ../nbs/60_federate.ipynb #ef5c96b6
 @patch
 def use(self: Federation,
     anchor: State, # The global state to renew the model from
@@ -200,15 +200,19 @@ def _step(self: Federation, t: int, good: list[Update], counts: dict, began: flo
     "What the rule makes of the good updates. A rule that needs more of them ends the round."
     try: return self.rule.step(self.state, good)
     except InputError as e:
-        self.keep(_empty(self.rows) | dict(round=t, seconds=time.perf_counter() - began, **counts, state='void'))
-        raise RoundVoid(f'round {t}: {e}') from None
+        self._end(t, counts, began, str(e))
 
 @patch
 def _stop(self: Federation, t: int, n_clients: int, counts: dict, began: float) -> None:
     "End a round that left too little."
+    self._end(t, counts, began, _why(counts['failures'], n_clients))
+
+@patch
+def _end(self: Federation, t: int, counts: dict, began: float, why: str) -> None:
+    "A last row, and the error."
     kind, name = (Diverged, 'diverged') if ran_away(counts['failures']) else (RoundVoid, 'void')
     self.keep(_empty(self.rows) | dict(round=t, seconds=time.perf_counter() - began, **counts, state=name))
-    raise kind(f'round {t}: {_why(counts["failures"], n_clients)}')
+    raise kind(f'round {t}: {why}')
 
 def _empty(rows: list[dict]) -> dict:
     "A row with the names of the last one and no values."

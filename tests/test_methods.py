@@ -183,6 +183,10 @@ def test_an_answer_that_nobody_asked_for():
 def test_a_rule_that_has_too_few_left_stops_the_run():
     with pytest.raises(RoundVoid, match='round 1: Krum.*needs 5 or more updates and has 4'): play('krum', lambda c, u: [(c, u if c < 4 else OSError('gone'))])
 
+def test_too_few_left_because_numbers_ran_away_is_a_divergence():
+    with pytest.raises(Diverged, match='needs 5 or more updates') as e: play('krum', lambda c, u: [(c, u if c < 4 else state_with(u, w=u.state['w']*math.inf))])
+    assert type(e.value) is Diverged
+
 def test_control_variates_are_not_private():
     with pytest.raises(InputError, match='would not be private'): method_of('scaffold+private')
 
