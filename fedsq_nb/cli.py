@@ -14,12 +14,12 @@ from fastprogress.fastprogress import ProgressBar
 from pandas import DataFrame
 
 from . import __version__
-from .bench import NETS, bench_dualcopy, bench_table, machine
-from .bench_engine import SHAPES, bench_engine, engine_table
+from .bench.dualcopy import NETS, bench_dualcopy, bench_table, machine
+from .bench.engine import SHAPES, bench_engine, engine_table
 from .core import InputError, atomic_write, check_name, pick_device
-from .experiment import Comparison, Config, coerce, compare, cpu_threads, read_toml
-from .federate import RoundVoid
-from .report import headline, missing, notes, read_rows, records, report, table, text_table
+from .study.experiment import Comparison, Config, coerce, compare, cpu_threads, read_toml
+from .engine.federate import RoundVoid
+from .study.report import headline, missing, notes, read_rows, records, report, table, text_table
 
 # %% ../nbs/90_cli.ipynb #d455a93a
 class _Parser(argparse.ArgumentParser):

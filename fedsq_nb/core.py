@@ -97,7 +97,7 @@ class Update:
     state: State # The trained tensors by name
     weight: float # Its share in a weighted mean, by habit the number of images it trained on
     metrics: dict[str, float] = dataclasses.field(default_factory=dict) # What it measured: `train_loss`, `steps`, `images`, `seconds`
-    local: State = dataclasses.field(default_factory=dict) # What the client keeps for its next day; it is not sent
+    client_state: State = dataclasses.field(default_factory=dict) # What the client keeps for its next day; it is not sent
 
 # %% ../nbs/00_core.ipynb #9312caa6
 def state_hash(

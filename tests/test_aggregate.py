@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fedsq_nb import aggregate
-from fedsq_nb.aggregate import FedAvg, averaging_gap, change_norms, check_update, plot_gap, sift, spread, weighted_mean
+from fedsq_nb.server import aggregate
+from fedsq_nb.server.aggregate import FedAvg, averaging_gap, change_norms, check_update, plot_gap, screen_updates, spread, weighted_mean
 from fedsq_nb.core import InputError, Update, norm, rng, state_hash, sub
 
 fast = settings(max_examples=60, deadline=None)
@@ -130,7 +130,7 @@ def test_inputs_are_never_written_to(drawn):
     updates = [Update(client=i, round=1, state=s, weight=w) for i, (s, w) in enumerate(zip(states, weights))]
     extra = {**copy.deepcopy(states[0]), 'frozen': torch.ones(2)}
     whole = state_hash(extra)
-    after = FedAvg().step(extra, sift(updates, states[0], round=1)[0])
+    after = FedAvg().step(extra, screen_updates(updates, states[0], round=1)[0])
     for k in states[0]: after[k].zero_()
     assert (bits(states), list(weights), state_hash(extra)) == (before, kept, whole)
 
@@ -185,7 +185,7 @@ def test_a_gpu_gives_the_processors_bits():
     assert mean['w'].is_cuda and state_hash(mean) == state_hash(weighted_mean(states, [1, 2, 3, 4]))
     updates = lambda some: [Update(client=k, round=1, state=s, weight=1 + k) for k, s in enumerate(some)]
     for name, value in spread(updates(there[1:]), there[0]).items(): assert value == pytest.approx(spread(updates(states[1:]), states[0])[name], rel=1e-5)
-    assert len(sift(updates(there), there[0], norm_limit=10., weight_limit=10.)[0]) == 4
+    assert len(screen_updates(updates(there), there[0], norm_limit=10., weight_limit=10.)[0]) == 4
 
 
 # -- what cannot be averaged -------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_poison_is_named_and_leaves_no_trace(kind, place):
     updates = [healthy(c) for c in (7, 1, 5)]
     clean = FedAvg().step(expected, updates)
     updates.insert(place, spoil(healthy(3)))
-    good, failures = sift(updates, expected, round=4)
+    good, failures = screen_updates(updates, expected, round=4)
     assert [u.client for u in good] == [1, 5, 7]
     assert failures == [{'client': 3, 'reason': reason}]
     assert state_hash(FedAvg().step(expected, good)) == state_hash(clean)
@@ -282,7 +282,7 @@ def test_a_duplicate_is_refused_whatever_it_holds(order, value):
     clean = FedAvg().step(expected, updates)
     arrived = [updates[i] for i in order]
     twice = arrived[0]
-    good, failures = sift([*arrived, with_value(value)(twice), twice], expected, round=4)
+    good, failures = screen_updates([*arrived, with_value(value)(twice), twice], expected, round=4)
     assert failures == [{'client': twice.client, 'reason': f'duplicate of client {twice.client}'}] * 2
     assert [u.client for u in good] == [0, 1, 2, 3] and good[twice.client] is twice
     assert state_hash(FedAvg().step(expected, good)) == state_hash(clean)
@@ -290,13 +290,13 @@ def test_a_duplicate_is_refused_whatever_it_holds(order, value):
 def test_a_refused_update_does_not_use_up_the_clients_voice():
     "A stale update that arrives late must not silence the client's good one."
     stale, fresh = replace(healthy(3), round=3), healthy(3)
-    good, failures = sift([stale, fresh], expected, round=4)
+    good, failures = screen_updates([stale, fresh], expected, round=4)
     assert len(good) == 1 and good[0] is fresh and len(failures) == 1
 
 def test_absurd_but_finite_passes_the_guard():
     "1e30 is a number: on its own an update is not implausible, only beside others, and only where a limit is set."
     assert check_update(with_value(1e30)(healthy(3)), expected, round=4) is None
-    assert len(sift([healthy(1), healthy(2), with_value(1e30)(healthy(3))], expected, round=4)[0]) == 3
+    assert len(screen_updates([healthy(1), healthy(2), with_value(1e30)(healthy(3))], expected, round=4)[0]) == 3
 
 @pytest.mark.parametrize('dtype', floats, ids=str)
 def test_finite_values_pass_although_their_sum_overflows(dtype):
@@ -375,7 +375,7 @@ def test_norms_without_weights_are_nought():
     before = {'n': torch.tensor(9), 'e': torch.zeros(0)}
     assert change_norms(updates, before) == [0.] * 3 and change_norms([], before) == []
     assert spread(updates, before) == {'drift': 0., 'drift_max': 0., 'cosine': None}
-    assert len(sift(updates, before, norm_limit=1e-9, weight_limit=1.)[0]) == 3
+    assert len(screen_updates(updates, before, norm_limit=1e-9, weight_limit=1.)[0]) == 3
 
 def left(values, limit):
     "Indices that stay: an oracle in the words of the rule."
@@ -393,14 +393,14 @@ def test_limits_keep_whom_an_oracle_keeps(clients, norm_limit, weight_limit, ran
     updates = [Update(client=i, round=1, state={'w': torch.tensor([1. + x, 1.]), 'n': torch.tensor(i)}, weight=w) for i, (x, w) in enumerate(clients)]
     light = left([float(w) for _, w in clients], weight_limit)
     near = [light[i] for i in left([inf if clients[k][0] > 1e29 else clients[k][0] for k in light], norm_limit)]
-    good, failures = sift(random.sample(updates, len(updates)), {'w': torch.ones(2), 'n': torch.tensor(0)}, round=1, norm_limit=norm_limit, weight_limit=weight_limit)
+    good, failures = screen_updates(random.sample(updates, len(updates)), {'w': torch.ones(2), 'n': torch.tensor(0)}, round=1, norm_limit=norm_limit, weight_limit=weight_limit)
     assert [u.client for u in good] == near
     assert [f['client'] for f in failures] == [i for i in range(len(updates)) if i not in near]
     for f in failures: assert f['reason'].startswith('weight' if f['client'] not in light else 'change of norm') and 'times the round' in f['reason']
 
 def test_limits_name_value_limit_and_median():
     updates = as_updates([{'w': torch.tensor([v])} for v in (.2, .21, .22, 3e10, .2)], [10, 20, 30, 40, 99999])
-    good, failures = sift(updates, {'w': torch.zeros(1)}, norm_limit=100, weight_limit=1000)
+    good, failures = screen_updates(updates, {'w': torch.zeros(1)}, norm_limit=100, weight_limit=1000)
     assert [u.client for u in good] == [0, 1, 2]
     assert failures == [{'client': 3, 'reason': "change of norm 3e+10 is more than 100 times the round's median 0.21"},
                         {'client': 4, 'reason': "weight 1e+05 is more than 1000 times the round's median 30"}]
@@ -408,19 +408,19 @@ def test_limits_name_value_limit_and_median():
 @pytest.mark.parametrize('bad', range(1, 10))
 def test_an_overflowing_change_is_left_out_however_many_there_are(bad):
     updates = as_updates([{'w': torch.tensor([1e30 if k < bad else 1.])} for k in range(10)], [1] * 10)
-    assert [u.client for u in sift(updates, {'w': torch.zeros(1)}, norm_limit=100.)[0]] == list(range(bad, 10))
+    assert [u.client for u in screen_updates(updates, {'w': torch.zeros(1)}, norm_limit=100.)[0]] == list(range(bad, 10))
 
 def test_two_have_no_majority_and_no_limit_is_no_limit():
     updates = as_updates([{'w': torch.tensor([v])} for v in (1., 1e30, 2.)], [1, 10**12, 1])
-    assert len(sift(updates[:2], {'w': torch.zeros(1)}, norm_limit=2., weight_limit=2.)[0]) == 2
-    assert len(sift(updates, {'w': torch.zeros(1)})[0]) == 3
+    assert len(screen_updates(updates[:2], {'w': torch.zeros(1)}, norm_limit=2., weight_limit=2.)[0]) == 2
+    assert len(screen_updates(updates, {'w': torch.zeros(1)})[0]) == 3
     assert statistics.median_low([1, 2, 3, 4]) == 2  # of two middle ones the lower: half the round being far off is enough to notice it
 
 def test_bad_updates_do_not_shift_the_median():
     "A NaN, a stale one and a duplicate are gone before anybody is compared."
     updates = as_updates([{'w': torch.tensor([v])} for v in (1., 1., 1., 50.)], [1] * 4)
     noise = [Update(client=k, round=2, state={'w': torch.tensor([1e3])}, weight=1) for k in (7, 8, 9)] + [replace(updates[0], state={'w': torch.tensor([1e3])})]
-    good, failures = sift([*updates, *noise], {'w': torch.zeros(1)}, round=1, norm_limit=10.)
+    good, failures = screen_updates([*updates, *noise], {'w': torch.zeros(1)}, round=1, norm_limit=10.)
     assert [u.client for u in good] == [0, 1, 2] and [f['client'] for f in failures] == [0, 3, 7, 8, 9]
 
 def test_checks_come_in_their_stated_order():
@@ -439,12 +439,12 @@ def test_checks_come_in_their_stated_order():
     assert check_update(everything, want, round=4) is None
 
 def test_all_bad_leaves_nothing_and_the_rule_says_so():
-    good, failures = sift([with_value(nan)(healthy(c)) for c in (2, 1)], expected, round=4)
+    good, failures = screen_updates([with_value(nan)(healthy(c)) for c in (2, 1)], expected, round=4)
     assert good == [] and [f['client'] for f in failures] == [1, 2]
     with pytest.raises(InputError, match='states is empty'): FedAvg().step(expected, good)
 
 def test_sift_takes_an_iterator_and_any_round_by_default():
-    good, failures = sift(iter([healthy(2, round=9), healthy(1, round=1)]), expected)
+    good, failures = screen_updates(iter([healthy(2, round=9), healthy(1, round=1)]), expected)
     assert [u.client for u in good] == [1, 2] and failures == []
 
 

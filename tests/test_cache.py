@@ -10,14 +10,14 @@ import torchvision
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from fedsq_nb import cache as C
-from fedsq_nb.backbones import Format
-from fedsq_nb.cache import GateCache, cache_key, gate_cache, plan, verdict
+from fedsq_nb.gating import cache as C
+from fedsq_nb.client.backbones import Format
+from fedsq_nb.gating.cache import GateCache, cache_key, gate_cache, plan, verdict
 from fedsq_nb.core import InputError, copy_state, rng, seeded, state_hash
-from fedsq_nb.data import Augment, Batches, ImageSet, from_arrays, printed
-from fedsq_nb.dualcopy import DualCopy
-from fedsq_nb.experiment import Config, load_task, run
-from fedsq_nb.learner import LocalTraining, shared_state
+from fedsq_nb.data.images import Augment, Batches, ImageSet, from_arrays, printed
+from fedsq_nb.gating.dualcopy import DualCopy
+from fedsq_nb.study.experiment import Config, load_task, run
+from fedsq_nb.client.learner import LocalTraining, shared_state
 
 N, BS, FORM, gen = 50, 16, Format(3, (.5, .4, .3), (.25, .3, .2), 8), rng(0, 'test', 'cache')
 DATA = from_arrays(gen.integers(0, 256, (N, 8, 8, 3), dtype='uint8'), gen.integers(0, 3, N), ['a', 'b', 'c'])
@@ -606,7 +606,7 @@ CHILD = textwrap.dedent('''
     import torch
     torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[1])
-    from fedsq_nb.cache import gate_cache
+    from fedsq_nb.gating.cache import gate_cache
     def sha(data): return hashlib.sha256(data).hexdigest()
     dc, batches, folder = pickle.load(open(sys.argv[2], 'rb'))
     seen = []

@@ -10,9 +10,9 @@ import torchvision
 from PIL import Image
 
 from fedsq_nb import __version__
-from fedsq_nb.backbones import ResCNN
+from fedsq_nb.client.backbones import ResCNN
 from fedsq_nb.cli import main
-from fedsq_nb.experiment import Config
+from fedsq_nb.study.experiment import Config
 
 gen = np.random.default_rng(0)
 x, y = gen.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8), np.arange(60) % 3
@@ -187,7 +187,7 @@ def test_bad_toml(text, words, refused, tmp_path):
     if text.startswith('out'):
         with pytest.MonkeyPatch.context() as m:
             m.chdir(tmp_path)
-            m.setattr('fedsq_nb.experiment.load_task', lambda *a: pytest.fail('the wrong type was taken'))
+            m.setattr('fedsq_nb.study.experiment.load_task', lambda *a: pytest.fail('the wrong type was taken'))
             assert main(['compare', *args, '--config', 'c.toml']) == 2
         return
     with pytest.MonkeyPatch.context() as m:
@@ -406,7 +406,7 @@ def test_bare_command_and_version(fedsq, capsys):
 def test_stopped_before_the_first_row(fedsq, monkeypatch, tmp_path):
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr('fedsq_nb.experiment.try_rate', stop)
+        m.setattr('fedsq_nb.study.experiment.try_rate', stop)
         status, printed, err = fedsq('compare', *QUICK, *SMALL, '--lr', 'auto', '--out', tmp_path/'out')
     assert status == 130 and printed == '' and err.splitlines()[-1].startswith('stopped')
     status, printed, err = fedsq('report', tmp_path/'out')

@@ -12,15 +12,15 @@ from fastai.optimizer import OptimWrapper
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from fedsq_nb.aggregate import FedAvg
-from fedsq_nb.backbones import Format
-from fedsq_nb.clients import FedDyn, Margins, Moon, Scaffold, contrast, gradient_count, head_only, margins, norm_names
-from fedsq_nb.control import FedDynAvg, ScaffoldAvg, with_control
+from fedsq_nb.server.aggregate import FedAvg
+from fedsq_nb.client.backbones import Format
+from fedsq_nb.client.algorithms import FedDyn, Margins, Moon, Scaffold, contrast, gradient_count, head_only, margins, norm_names
+from fedsq_nb.server.control import FedDynAvg, ScaffoldAvg, with_control
 from fedsq_nb.core import InputError, copy_state, rng, seeded, state_hash
-from fedsq_nb.data import Augment, from_arrays
-from fedsq_nb.execute import Processes, serial
-from fedsq_nb.federate import Federation, sample_clients
-from fedsq_nb.learner import FedProx, LocalLearner, LocalLoss, LocalSGD, LocalTraining, TrainMode, evaluate, shared_state
+from fedsq_nb.data.images import Augment, from_arrays
+from fedsq_nb.engine.execute import Processes, serial
+from fedsq_nb.engine.federate import Federation, sample_clients
+from fedsq_nb.client.learner import FedProx, LocalLearner, LocalLoss, LocalSGD, LocalTraining, TrainMode, evaluate, shared_state
 
 fast, few = settings(max_examples=25, deadline=None), settings(max_examples=8, deadline=None)
 FORM, gen = Format(1, (.5,), (.25,), 3), rng(0, 'test', 'clients')
@@ -51,7 +51,7 @@ class Normed(nn.Module):
 def training(model, callbacks=tuple, **changes):
     return LocalTraining(model, DATA, changes.pop('parts', PARTS), FORM, callbacks=callbacks, **dict(lr=LR, epochs=EPOCHS, batch_size=4, momentum=0., seed=5) | changes)
 
-def bits(update): return state_hash(update.state), state_hash(update.local)
+def bits(update): return state_hash(update.state), state_hash(update.client_state)
 
 # ---- the oracle: gradients by hand
 
@@ -199,9 +199,9 @@ def real(k, train, rounds):
     "The same by the module."
     state, rule, kept = beginning(k), rule_of(k), {}
     for t, clients in enumerate(rounds, 1):
-        train.local = kept
+        train.client_states = kept
         updates = [train(state, i, t) for i in clients]
-        state, kept = rule.step(state, updates), kept | {u.client: u.local for u in updates if u.local}
+        state, kept = rule.step(state, updates), kept | {u.client: u.client_state for u in updates if u.client_state}
         yield state, kept
 
 def close(got, want, tolerance=1e-9):
@@ -269,10 +269,10 @@ def test_a_federation_plays_the_same_rounds_serially_and_in_processes(name):
     k = KINDS[name]
     one = played(k, per_round=2, stragglers=.3)
     with Processes(2) as pool: two = played(k, pool, per_round=2, stragglers=.3)
-    assert state_hash(one.state) == state_hash(two.state) and {i: state_hash(s) for i, s in one.local.items()} == {i: state_hash(s) for i, s in two.local.items()}
+    assert state_hash(one.state) == state_hash(two.state) and {i: state_hash(s) for i, s in one.client_states.items()} == {i: state_hash(s) for i, s in two.client_states.items()}
     *_, (want, own) = oracle(k, one.train, [sample_clients(4, 2, seed=9, round=t) for t in range(1, 6)])
     close(one.state, want, 1e-6)
-    close(one.local, own, 1e-6)
+    close(one.client_states, own, 1e-6)
     *_, (want, own) = oracle(k, one.train, [[0, 1, 2, 3]]*5)
     close(played(k, stragglers=.3).state, want, 1e-6)
 
@@ -287,7 +287,7 @@ def test_mu_zero_and_a_first_day_are_plain_to_the_bit(form, client, round, momen
     go = lambda callbacks: bits(training(fresh(make), callbacks, momentum=momentum, weight_decay=weight_decay)(start, client, round))[0]
     assert go(lambda: [FedProx(0.)]) == go(lambda: [Moon(MU)]) == go(tuple) != go(lambda: [FedProx(MU)])
     train = training(fresh(make), lambda: [Moon(0.)], momentum=momentum, weight_decay=weight_decay)
-    train.local = {client: train(start, client, 1).local}
+    train.client_states = {client: train(start, client, 1).client_state}
     assert state_hash(train(start, client, round).state) == go(tuple)
 
 @pytest.mark.parametrize('form', FORMS)
@@ -308,7 +308,7 @@ def test_option_one_keeps_the_gradient_of_all_images_where_the_day_began(client,
     u = training(fresh(Softmax), lambda: [Scaffold(1)], momentum=momentum, weight_decay=weight_decay)(with_control(state, state), client, seed)
     x = ((DATA.images[PARTS[client]].double()/255 - .5)/.25).flatten(1).numpy()
     want = softmax({n: t.numpy() for n, t in state.items()}, x, LABELS[PARTS[client]])
-    close(u.local, {f'control/{n}': v for n, v in want.items()}, 1e-6)  # pictures are made in float32
+    close(u.client_state, {f'control/{n}': v for n, v in want.items()}, 1e-6)  # pictures are made in float32
 
 @few
 @given(st.integers(0, 2**31), st.sampled_from([1, 2]), st.booleans(), st.sampled_from([0., .9]), st.sampled_from([0., .5]), st.booleans())
@@ -323,7 +323,7 @@ def test_the_corrections_of_all_clients_sum_to_zero(seed, option, equal, momentu
     for t in range(1, 5):
         fed.round(t)
         for n in start:
-            own = sum(len(p) * fed.local.get(i, {}).get(f'control/{n}', torch.zeros_like(start[n])) for i, p in enumerate(parts)) / sum(sizes)
+            own = sum(len(p) * fed.client_states.get(i, {}).get(f'control/{n}', torch.zeros_like(start[n])) for i, p in enumerate(parts)) / sum(sizes)
             torch.testing.assert_close(fed.state[f'control/{n}'], own, rtol=0, atol=1e-12)
             assert own.abs().max() > 1e-4
 
@@ -334,9 +334,9 @@ def test_feddyn_keeps_the_sum_of_all_ways_walked(seed, alpha, momentum):
     for t in range(1, 5):
         state = {n: torch.from_numpy(g.normal(size=v.shape)) for n, v in shared_state(train.model).items()}
         u = train(state, 2, t)
-        train.local = {2: u.local}
+        train.client_states = {2: u.client_state}
         ways = {n: ways.get(n, 0) + u.state[n] - state[n] for n in state}
-        for n in state: torch.testing.assert_close(u.local[f'dyn/{n}'], -alpha*ways[n], rtol=1e-9, atol=1e-12)
+        for n in state: torch.testing.assert_close(u.client_state[f'dyn/{n}'], -alpha*ways[n], rtol=1e-9, atol=1e-12)
 
 # ---- formulas
 
@@ -408,10 +408,10 @@ def asked(name, make=lambda: Hidden(.3), **changes):
     given = []
     for t in range(1, 4):
         for i in (1, 2):
-            kept = train.local.get(i, {})
+            kept = train.client_states.get(i, {})
             u = train(state, i, t)
             given.append((state, i, t, kept, bits(u)))
-            train.local = train.local | {i: u.local}
+            train.client_states = train.client_states | {i: u.client_state}
         state = u.state
     return given
 
@@ -422,7 +422,7 @@ def test_days_replayed_in_another_order_and_another_process(name):
     train, _ = any_day(name)
     with Processes(1) as pool:
         for state, i, t, kept, want in [given[n] for n in (5, 0, 3, 2, 4, 1)]:
-            train.local = {i: copy_state(kept)}
+            train.client_states = {i: copy_state(kept)}
             assert bits(train(copy_state(state), i, t)) == want
             (client, update), = pool(train, state, [i], t)
             assert client == i and bits(update) == want
@@ -434,17 +434,17 @@ def test_a_measurement_in_between_changes_nothing(name, form):
     given = asked(name, FORMS[form])
     train, _ = any_day(name, FORMS[form])
     for state, i, t, kept, want in given:
-        train.local = {i: kept}
+        train.client_states = {i: kept}
         evaluate(train.model, train.batches(i, t))
         assert bits(train(state, i, t)) == want
 
 @pytest.mark.parametrize('name', DAYS)
 def test_what_a_day_is_given_stays_as_it_was(name):
     train, start = any_day(name)
-    train.local = {1: train(start, 1, 1).local}
-    kept, before = train.local[1], (state_hash(start), state_hash(train.local[1]))
+    train.client_states = {1: train(start, 1, 1).client_state}
+    kept, before = train.client_states[1], (state_hash(start), state_hash(train.client_states[1]))
     u = train(start, 1, 2)
-    assert (state_hash(start), state_hash(kept)) == before and train.local == {1: kept}
+    assert (state_hash(start), state_hash(kept)) == before and train.client_states == {1: kept}
     held = bits(u)
     train(start, 2, 2)
     assert bits(u) == held  # nor does the next day write on it
@@ -454,17 +454,17 @@ class Breaks(Callback):
     order = 50
     def __init__(self, client): self.client = client
     def before_step(self):
-        if self.learn.day.client == self.client and self.learn.train_iter >= 1: raise RuntimeError('stumbled')
+        if self.learn.context.client == self.client and self.learn.train_iter >= 1: raise RuntimeError('stumbled')
 
 @pytest.mark.parametrize('name', DAYS)
 def test_a_callback_that_raises_leaves_the_next_day_unharmed(name):
     train, start = any_day(name)
     well = train.callbacks
     train.callbacks = lambda: well() + [Breaks(3)]
-    train.local = {i: train(start, i, 1).local for i in (1, 2)}
+    train.client_states = {i: train(start, i, 1).client_state for i in (1, 2)}
     with pytest.raises(RuntimeError, match='stumbled'): train(start, 3, 2)
     other, _ = any_day(name)
-    other.local = train.local
+    other.client_states = train.client_states
     for i in (1, 2): assert bits(train(start, i, 2)) == bits(other(start, i, 2))
 
 def test_a_day_that_broke_leaves_no_hooks_on_the_network():
@@ -484,11 +484,11 @@ def test_moon_compares_with_whole_networks(stays):
     train = training(fresh(make), lambda: [Moon(5., TAU)], at_home=norm_names(fresh(make)) if stays else ())
     begin = {n: t for n, t in shared_state(fresh(make)).items() if n not in train.at_home}
     u = train(begin, 1, 1)
-    train.local = {1: u.local}
+    train.client_states = {1: u.client_state}
     state = {n: t + .1 if t.is_floating_point() else t for n, t in u.state.items()}
     got = train(state, 1, 2)
     last, known, net = fresh(make), fresh(make), fresh(make)
-    whole = u.state | {n.removeprefix('home/'): t for n, t in u.local.items() if n.startswith('home/')}
+    whole = u.state | {n.removeprefix('home/'): t for n, t in u.client_state.items() if n.startswith('home/')}
     last.load_state_dict(whole)
     for m in (known, net): m.load_state_dict(whole | state)
     opt, batches, seen = torch.optim.SGD(net.parameters(), LR), train.batches(1, 2), {}
@@ -500,7 +500,7 @@ def test_moon_compares_with_whole_networks(stays):
             with torch.no_grad(): known(x), last(x)
             (loss + 5*contrast(seen[net], seen[known], seen[last], TAU)).backward()
             opt.step()
-    mine = got.state | {n.removeprefix('home/'): t for n, t in got.local.items() if n.startswith('home/')}
+    mine = got.state | {n.removeprefix('home/'): t for n, t in got.client_state.items() if n.startswith('home/')}
     for n, t in net.state_dict().items(): torch.testing.assert_close(mine[n], t, rtol=1e-9, atol=1e-12, msg=lambda m: f'{n}: {m}')
 
 # ---- what stays at home, heads, stragglers, refusals
@@ -515,9 +515,9 @@ def test_what_stays_at_home_is_never_sent_and_always_kept(names, name):
     for t in (1, 2):
         u = train(with_control(state, trained), 1, t)
         assert {n for n in u.state if not n.startswith('control/')} == set(state)
-        assert {n.removeprefix('home/') for n in u.local if n.startswith('home/')} == names
+        assert {n.removeprefix('home/') for n in u.client_state if n.startswith('home/')} == names
         assert {n.removeprefix('control/') for n in u.state if n.startswith('control/')} == (set(trained) if name in ('scaffold II', 'many at once') else set())
-        train.local = {1: u.local}
+        train.client_states = {1: u.client_state}
     other = train(with_control(state, trained), 2, 1)  # a client that is new begins with what all began with
     new, _ = any_day(name, make, at_home=sorted(names))
     assert bits(other) == bits(new(with_control(state, trained), 2, 1))

@@ -10,12 +10,12 @@ from fastai.optimizer import OptimWrapper
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from fedsq_nb.aggregate import FedAvg, weighted_mean
-from fedsq_nb.clients import FedDyn, Scaffold
-from fedsq_nb.control import FedDynAvg, ScaffoldAvg, with_control
+from fedsq_nb.server.aggregate import FedAvg, weighted_mean
+from fedsq_nb.client.algorithms import FedDyn, Scaffold
+from fedsq_nb.server.control import FedDynAvg, ScaffoldAvg, with_control
 from fedsq_nb.core import InputError, Update, copy_state, rng, state_hash
-from fedsq_nb.federate import Federation
-from fedsq_nb.learner import Day, FedProx, LocalLearner, LocalLoss, LocalSGD, TrainMode
+from fedsq_nb.engine.federate import Federation
+from fedsq_nb.client.learner import ClientContext, FedProx, LocalLearner, LocalLoss, LocalSGD, TrainMode
 
 fast = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -224,16 +224,16 @@ class Weights(nn.Module):
 
 class Quadratics:
     "Local training for `Federation`: full gradients, so many steps a day."
-    def __init__(self, callbacks, steps, momentum=0.): self.callbacks, self.steps, self.momentum, self.local = callbacks, steps, momentum, {}
+    def __init__(self, callbacks, steps, momentum=0.): self.callbacks, self.steps, self.momentum, self.client_states = callbacks, steps, momentum, {}
     def __call__(self, state, client, round):
         net, xy = Weights(), [(torch.zeros(1), torch.zeros(1))]*self.steps
         net.w.data.copy_(state['w'])
         h, a = torch.from_numpy(H[client]), torch.from_numpy(A[client])
         learn = LocalLearner(DataLoaders(xy, []), net, loss_func=lambda w, y: .5*(w - a) @ h @ (w - a), opt_func=functools.partial(OptimWrapper, opt=LocalSGD, momentum=self.momentum),
                              default_cbs=False, cbs=[TrainMode(), LocalLoss(), *self.callbacks()])
-        learn.day = Day(client, round, state, self.local.get(client, {}), RATE, self.momentum, lambda: np.ones(1))
+        learn.context = ClientContext(client, round, state, self.client_states.get(client, {}), RATE, self.momentum, lambda: np.ones(1))
         learn.fit(1, RATE)
-        return Update(client, round, {'w': net.w.detach().clone()} | learn.day.send, SIZES[client], {}, learn.day.keep)
+        return Update(client, round, {'w': net.w.detach().clone()} | learn.context.send, SIZES[client], {}, learn.context.keep)
 
 def end(callbacks, rule, rounds, steps, per_round=None, control=False, **kwargs):
     "Where the federation arrives, and how far it went in its last round."

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fedsq_nb.core import InputError, rng
-from fedsq_nb.data import LETTERS, Augment, Batches, ImageSet, Splits, contact_sheet, from_arrays, hold_out, load_data, printed, share, shift, split
-from fedsq_nb.data import _glyphs
+from fedsq_nb.data.images import LETTERS, Augment, Batches, ImageSet, Splits, contact_sheet, from_arrays, hold_out, load_data, printed, share, shift, split
+from fedsq_nb.data.images import _glyphs
 
 gen = np.random.default_rng(0)
 x = gen.integers(0, 256, (60, 6, 5, 3), dtype=np.uint8)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from fedsq_nb.backbones import ResCNN, backbone, freeze_statistics
+from fedsq_nb.client.backbones import ResCNN, backbone, freeze_statistics
 from fedsq_nb.core import InputError, load_state, save_state, seeded, state_hash
-from fedsq_nb.dualcopy import DualCopy, gate_function, trace
-from fedsq_nb.gates import disagreement, pack, slots_of, unpack
+from fedsq_nb.gating.dualcopy import DualCopy, gate_function, trace
+from fedsq_nb.gating.gates import disagreement, pack, slots_of, unpack
 
 cases = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)

@@ -7,12 +7,12 @@ import safetensors.torch
 import torch
 
 import fedsq_nb.cli
-from fedsq_nb.aggregate import weighted_mean
+from fedsq_nb.server.aggregate import weighted_mean
 from fedsq_nb.cli import main
 from fedsq_nb.core import InputError, Update, copy_state, rng, save_state, state_hash
-from fedsq_nb.experiment import METHODS, Config, compare, load_task, run
-from fedsq_nb.execute import Processes, serial
-from fedsq_nb.federate import Federation, RoundVoid
+from fedsq_nb.study.experiment import METHODS, Config, compare, load_task, run
+from fedsq_nb.engine.execute import Processes, serial
+from fedsq_nb.engine.federate import Federation, RoundVoid
 
 SMALL = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=4, alpha=1., min_size=4, batch_size=8, max_train=60, valid_fraction=.05, test_fraction=.05)
 START = {'w': torch.tensor([1., -2., 3.]), 'b': torch.tensor([[.5]]), 'seen': torch.tensor(0), 'none': torch.zeros(0, 2), 'half': torch.ones(3, dtype=torch.bfloat16)}
@@ -597,7 +597,7 @@ def test_resume_needs_a_folder(refused, tmp_path):
 def test_a_folder_that_holds_no_run_is_not_taken_for_one(refused, monkeypatch, tmp_path):
     "A slip in the folder's name must not start the default comparison, which takes hours elsewhere."
     def started(*args, **kwargs): raise InputError('it was started')
-    monkeypatch.setattr('fedsq_nb.experiment.load_task', started)
+    monkeypatch.setattr('fedsq_nb.study.experiment.load_task', started)
     refused(tmp_path, ['compare', '--resume', '--out', tmp_path/'slip'], 'resume', 'slip')
 
 def test_how_many_processes_train_may_change_when_a_run_goes_on(whole, tmp_path):
@@ -610,7 +610,7 @@ def test_how_many_processes_train_may_change_when_a_run_goes_on(whole, tmp_path)
 
 THREADS = '''
 import torch
-from fedsq_nb.experiment import Config, compare
+from fedsq_nb.study.experiment import Config, compare
 x = torch.ones(512, 512); x @ x  # the parent has used its threads before it forks
 for workers in (1, 2):
     rows = compare(Config(data='digits', weights='random', methods=('fedavg',), lr='0.02', seeds=1, rounds=1, clients=2, alpha=5., min_size=2, max_train=40,

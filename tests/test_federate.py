@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fedsq_nb.core import InputError, Update, copy_state, rng, serialised_bytes, state_hash
-from fedsq_nb.execute import serial
-from fedsq_nb.federate import Diverged, Federation, RoundVoid, sample_clients
+from fedsq_nb.engine.execute import serial
+from fedsq_nb.engine.federate import Diverged, Federation, RoundVoid, sample_clients
 
 START = {'w': torch.tensor([1., -2., 3.]), 'b': torch.tensor([[.5]]), 'seen': torch.tensor(0)}
 GOOD, KINDS = 'good', ('raises', 'nan', 'inf', 'missing', 'shape', 'dtype', 'late', 'weightless', 'no update', 'nan loss')

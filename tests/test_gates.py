@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from fedsq_nb.core import InputError, seeded
-from fedsq_nb.dualcopy import DualCopy
-from fedsq_nb.gates import (SOFT, Slot, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer, apply_leaky, apply_multihead, apply_norm, apply_pool,
+from fedsq_nb.gating.dualcopy import DualCopy
+from fedsq_nb.gating.gates import (SOFT, Slot, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer, apply_leaky, apply_multihead, apply_norm, apply_pool,
                             apply_relu, apply_soft, apply_tangent, apply_weights, attention_weights, clamp_gate, disagreement, gelu_gate, group_scale, layer_scale,
                             length_scale, mish_gate, multihead_weights, norm_scale, pack, pool_both, pool_gate, relu_gate, row_bytes, secant, slots_of, softplus_gate, unpack)
 

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedsq_nb.aggregate import check_update
-from fedsq_nb.backbones import Format, backbone
-from fedsq_nb.cache import gate_cache
+from fedsq_nb.server.aggregate import check_update
+from fedsq_nb.client.backbones import Format, backbone
+from fedsq_nb.gating.cache import gate_cache
 from fedsq_nb.core import copy_state, rng, seeded, state_hash
-from fedsq_nb.data import Augment, Batches, from_arrays
-from fedsq_nb.dualcopy import DualCopy
-from fedsq_nb.learner import FedProx, LocalTraining, constant_state, evaluate, shared_names, shared_state, trained_copy
+from fedsq_nb.data.images import Augment, Batches, from_arrays
+from fedsq_nb.gating.dualcopy import DualCopy
+from fedsq_nb.client.learner import FedProx, LocalTraining, constant_state, evaluate, shared_names, shared_state, trained_copy
 
 FORM, gen = Format(1, (.5,), (.25,), 8), rng(0, 'test', 'learner')
 DATA = from_arrays(gen.integers(0, 256, (50, 8, 8), dtype='uint8'), gen.integers(0, 3, 50), ['a', 'b', 'c'])
@@ -89,7 +89,7 @@ def test_a_day_depends_on_seed_client_and_round_alone(make, callbacks):
 def test_dropout_follows_a_stream_of_its_own_for_each_seed_client_and_round(monkeypatch):
     start, paths = shared_state(small()), []
     def noted(seed, *path): paths.append((seed, *path)); return seeded(seed, *path)
-    monkeypatch.setattr('fedsq_nb.learner.seeded', noted)
+    monkeypatch.setattr('fedsq_nb.client.learner.seeded', noted)
     for seed, client, round in ((5, 0, 1), (5, 1, 1), (5, 0, 2), (6, 0, 1)): day(small(.5), seed=seed)(start, client, round)
     assert len(paths) == len(set(paths)) == 4
 

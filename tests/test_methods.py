@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fedsq_nb.core import InputError, Update, copy_state, norm, rng, state_hash, sub
-from fedsq_nb.experiment import Config, compare, load_task, run
-from fedsq_nb.federate import Diverged, Federation, RoundVoid
-from fedsq_nb.methods import METHODS, Scene, method_of
+from fedsq_nb.study.experiment import Config, compare, load_task, run
+from fedsq_nb.engine.federate import Diverged, Federation, RoundVoid
+from fedsq_nb.study.methods import METHODS, ServerContext, method_of
 
 TINY = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=7, alpha=1., min_size=4, batch_size=8, max_train=90, valid_fraction=.05, test_fraction=.05, workers=1, dp_noise=.01)
 MIXED = ['fedsq+fedprox', 'fedsq+fedadam', 'fedsq+scaffold', 'fedsq+fedbn', 'fedsq+krum', 'fedsq+int8', 'fedsq+moon', 'fedsq+private', 'scaffold+fedyogi', 'fedsq_refresh+scaffold',
@@ -22,7 +22,7 @@ def with_config(task, **settings): return dataclasses.replace(task, config=datac
 def timeless(rows): return [{k: v for k, v in r.items() if not k.endswith('seconds')} for r in rows]
 def same(a, b):
     assert timeless(a.rows) == timeless(b.rows) and state_hash(a.state) == state_hash(b.state)
-    assert {c: state_hash(s) for c, s in a.local.items()} == {c: state_hash(s) for c, s in b.local.items()}
+    assert {c: state_hash(s) for c, s in a.client_states.items()} == {c: state_hash(s) for c, s in b.client_states.items()}
     assert a.met == b.met and a.behind == b.behind and state_hash(a.anchor or {}) == state_hash(b.anchor or {})
 
 # ---- the same bits whoever trains, and after a stop
@@ -40,7 +40,7 @@ def test_the_same_bits_with_workers_and_after_a_stop(method, tmp_path):
 @pytest.mark.parametrize('method', ['scaffold', 'fedsq_refresh', 'feddyn', 'fedbn', 'topk', 'fedadam', 'private'])
 def test_the_same_bits_when_few_take_part(method, tmp_path):
     "Clients come back after rounds without them, and find what they kept."
-    task = task_of(per_round=3, rounds=5, dropout=.2, stragglers=.4, sampling='size')
+    task = task_of(per_round=3, rounds=5, client_dropout=.2, stragglers=.4, sampling='size')
     whole = run(task, method, 0, .02)
     same(run(with_config(task, workers=2), method, 0, .02), whole)
     for rounds in (1, 3, 5): done = run(task, method, 0, .02, rounds=rounds, checkpoints=tmp_path)
@@ -91,13 +91,13 @@ def test_who_was_away_when_gates_were_renewed_gets_the_state_they_came_from():
 # ---- clients that go missing or do less
 
 def test_clients_that_vanish_are_rows():
-    fed = run(task_of(dropout=.4, rounds=6), 'fedavg', 0, .02)
+    fed = run(task_of(client_dropout=.4, rounds=6), 'fedavg', 0, .02)
     gone = [f for r in fed.rows for f in r['failures']]
     assert gone and {f['reason'] for f in gone} == {'dropped out (simulated)'}
     assert all(r['clients_ok'] + r['clients_failed'] == 7 for r in fed.rows[1:])
 
 def test_a_quorum_stops_the_run_so_that_it_can_go_on(tmp_path):
-    job = Config(**TINY | dict(methods=('fedavg',), dropout=.9, min_clients=5, out=str(tmp_path/'out')))
+    job = Config(**TINY | dict(methods=('fedavg',), client_dropout=.9, min_clients=5, out=str(tmp_path/'out')))
     with pytest.raises(RoundVoid, match='round 1: .* of 7 clients failed .*dropped out'): compare(job, say=lambda note: None)
     rows = [json.loads(line) for line in (tmp_path/'out'/'rounds.jsonl').read_text().splitlines()]
     assert [r['state'] for r in rows] == ['ok', 'void'] and rows[-1]['val_accuracy'] is None and (tmp_path/'out'/'checkpoints').is_dir()
@@ -110,12 +110,12 @@ def test_stragglers_do_less():
 def test_sampling_by_size_prefers_the_large():
     task = task_of(per_round=1, rounds=40, sampling='size', alpha=.3, min_size=4)
     sizes = np.array([len(p) for p in task.parts(0)])
-    from fedsq_nb.federate import sample_clients
+    from fedsq_nb.engine.federate import sample_clients
     often = np.bincount([sample_clients(7, 1, seed=0, round=t, sizes=sizes)[0] for t in range(1, 2001)], minlength=7) / 2000
     assert np.abs(often - sizes/sizes.sum()).max() < .04
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(fraction=.5, per_round=2), 'both say how many clients'), (dict(fraction=1.5), 'fraction 1.5 must be 1 or less'), (dict(dropout=-.1), 'dropout -0.1 must be'), (dict(stragglers=2), 'stragglers 2.0 must be'),
+    (dict(fraction=.5, per_round=2), 'both say how many clients'), (dict(fraction=1.5), 'fraction 1.5 must be 1 or less'), (dict(client_dropout=-.1), 'dropout -0.1 must be'), (dict(stragglers=2), 'stragglers 2.0 must be'),
     (dict(sampling='sizes'), "did you mean 'size'"), (dict(compress='int9'), 'int9'), (dict(compress='topk:0'), 'topk'), (dict(dyn_alpha=0), 'dyn_alpha 0.0 must be a number above 0'),
     (dict(methods='fedavg,fedavg+krm'), "did you mean 'krum'"), (dict(methods='krum+median'), 'both decide how the server averages'), (dict(gates='rand'), "did you mean 'random'")])
 def test_settings_that_cannot_be(settings, words):
@@ -147,7 +147,7 @@ POISON = {
 RULES = sorted(m for m, method in METHODS.items() if method.rule is not METHODS['fedavg'].rule or method.around is not METHODS['fedavg'].around or m == 'fedavg')
 
 def rule_of(name):
-    m, scene = METHODS[name], Scene(Config(workers=1), .01, [10 + c for c in range(10)], 0)
+    m, scene = METHODS[name], ServerContext(Config(workers=1), .01, [10 + c for c in range(10)], 0)
     return m.around(scene, m.rule(scene))
 
 def play(name, answer, rounds=2):

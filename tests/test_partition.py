@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedsq_nb.core import InputError
-from fedsq_nb.partition import (_round_table, by_column, card, check_card, class_counts, cut, deal, dirichlet, effective_classes, heat_map, iid, label_distance,
+from fedsq_nb.data.partition import (_round_table, by_column, card, check_card, class_counts, cut, deal, dirichlet, effective_classes, heat_map, iid, label_distance,
                                 label_skew, load_card, niid_bench, niid_bench_labels, partition_hash, quantity_skew, save_card, shards, split_clients)
 
 matplotlib.use('agg')

@@ -9,9 +9,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import brentq
 from scipy.stats import kstest, norm
 
-from fedsq_nb.aggregate import FedAvg
+from fedsq_nb.server.aggregate import FedAvg
 from fedsq_nb.core import InputError, Update, rng, state_hash
-from fedsq_nb.privacy import PrivateFedAvg, epsilon, noise_for
+from fedsq_nb.server.privacy import PrivateFedAvg, epsilon, noise_for
 
 fast = settings(max_examples=50, deadline=None)
 slow = settings(max_examples=12, deadline=None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsq_nb import report as R
+from fedsq_nb.study import report as R
 from fedsq_nb.core import InputError
 
 T975 = {2: 12.706204736, 3: 4.302652730, 4: 3.182446305, 5: 2.776445105}  # printed tables of Student's t, by number of values

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 
-from fedsq_nb import robust
-from fedsq_nb.aggregate import FedAvg
-from fedsq_nb.control import ScaffoldAvg, with_control
+from fedsq_nb.server import robust
+from fedsq_nb.server.aggregate import FedAvg
+from fedsq_nb.server.control import ScaffoldAvg, with_control
 from fedsq_nb.core import InputError, Update, rng, state_hash
-from fedsq_nb.robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
+from fedsq_nb.server.robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
 
 fast = settings(max_examples=40, deadline=None)
 rules = [FedMedian(), FedTrimmedAvg(0.2), FedTrimmedAvg(0.), Krum(1), MultiKrum(1), MultiKrum(1, keep=2), Bulyan(1), GeometricMedian(),

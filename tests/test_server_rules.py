@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fedsq_nb.aggregate import FedAvg
+from fedsq_nb.server.aggregate import FedAvg
 from fedsq_nb.core import InputError, Update, copy_state, rng, state_hash
-from fedsq_nb.servers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi
+from fedsq_nb.server.optimizers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi
 
 fast = settings(max_examples=40, deadline=None)
 SHAPES = {'w': (3, 2), 'b': (), 'none': (0, 4), 'conv': (2, 1, 2)}

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from fedsq_nb.aggregate import FedAvg, sift
+from fedsq_nb.server.aggregate import FedAvg, screen_updates
 from fedsq_nb.core import InputError, Update, copy_state, rng, state_hash
-from fedsq_nb.federate import Federation
-from fedsq_nb.robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
-from fedsq_nb.servers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi
+from fedsq_nb.engine.federate import Federation
+from fedsq_nb.server.robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
+from fedsq_nb.server.optimizers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi
 
 fast = settings(max_examples=40, deadline=None)
 nan, inf = float('nan'), float('inf')
@@ -46,7 +46,7 @@ def rounds(make, poison=None, bad=3, n=3):
     for t in range(1, n + 1):
         sent = [honest(state, c, t) for c in range(10) if c != bad]
         if poison: sent.insert(t % 10, poison(honest(state, bad, t)))
-        good, failures = sift(sent, state, round=t, norm_limit=100., weight_limit=1000.)
+        good, failures = screen_updates(sent, state, round=t, norm_limit=100., weight_limit=1000.)
         assert [f['client'] for f in failures] == ([bad] if poison else [])
         state = rule.step(state, good)
     return state, rule.state_dict()
@@ -70,7 +70,7 @@ def test_a_client_that_sends_again_is_heard_once(rule, clean):
     bare, state = RULES[rule](), START
     for t in (1, 2, 3):
         sent = [honest(state, c, t) for c in range(10) if c != 3]
-        good, failures = sift([*sent, bias(1e3)(sent[2]), sent[2]], state, round=t, norm_limit=100., weight_limit=1000.)
+        good, failures = screen_updates([*sent, bias(1e3)(sent[2]), sent[2]], state, round=t, norm_limit=100., weight_limit=1000.)
         assert failures == [{'client': 2, 'reason': 'duplicate of client 2'}]*2
         state = bare.step(state, good)
     assert same(state, clean[rule][0])

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fedsq_nb.core import InputError
-from fedsq_nb.data import ImageSet
-from fedsq_nb.partition import dirichlet
-from fedsq_nb.skew import KINDS, _add_noise, _tint, _turn, as_clients_see, feature_skew, looks
+from fedsq_nb.data.images import ImageSet
+from fedsq_nb.data.partition import dirichlet
+from fedsq_nb.data.skew import KINDS, _add_noise, _tint, _turn, as_clients_see, feature_skew, looks
 
 matplotlib.use('agg')
 import matplotlib.pyplot as plt

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fedsq_nb.core import InputError, norm, rng, serialised_bytes, state_hash, sub
-from fedsq_nb.wire import Compression, decode, encode, lag, parse_kind
+from fedsq_nb.client.compression import Compression, decode, encode, lag, parse_kind
 
 fast = settings(max_examples=25, deadline=None)
 floats = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

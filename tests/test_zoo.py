@@ -13,8 +13,8 @@ import torchvision
 from torch import nn
 
 from fedsq_nb.core import seeded, state_hash
-from fedsq_nb.dualcopy import DualCopy
-from fedsq_nb.gates import disagreement
+from fedsq_nb.gating.dualcopy import DualCopy
+from fedsq_nb.gating.gates import disagreement
 
 RESULTS = Path(__file__).parents[1]/'nbs/studies/results/dualcopy/zoo.jsonl'
 FAMILIES = ['alexnet', 'vgg11_bn', 'resnet18', 'densenet121', 'googlenet', 'inception_v3', 'squeezenet1_1', 'shufflenet_v2_x0_5', 'mnasnet0_5', 'mobilenet_v2',
