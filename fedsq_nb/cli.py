@@ -17,7 +17,8 @@ from . import __version__
 from .bench.dualcopy import NETS, bench_dualcopy, bench_table, machine
 from .bench.engine import SHAPES, bench_engine, engine_table
 from .core import InputError, atomic_write, check_name, pick_device
-from .study.experiment import Comparison, Config, coerce, compare, cpu_threads, read_toml
+from .study.config import Config, coerce, read_toml
+from .study.experiment import Comparison, compare, cpu_threads
 from .engine.federate import RoundVoid
 from .study.report import headline, missing, notes, read_rows, records, report, table, text_table
 

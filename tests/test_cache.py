@@ -16,7 +16,8 @@ from fedsq_nb.gating.cache import GateCache, cache_key, gate_cache, plan, verdic
 from fedsq_nb.core import InputError, copy_state, rng, seeded, state_hash
 from fedsq_nb.data.images import Augment, Batches, ImageSet, from_arrays, printed
 from fedsq_nb.gating.dualcopy import DualCopy
-from fedsq_nb.study.experiment import Config, load_task, run
+from fedsq_nb.study.config import Config
+from fedsq_nb.study.experiment import load_task, run
 from fedsq_nb.client.learner import LocalTraining, shared_state
 
 N, BS, FORM, gen = 50, 16, Format(3, (.5, .4, .3), (.25, .3, .2), 8), rng(0, 'test', 'cache')

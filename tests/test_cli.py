@@ -12,7 +12,7 @@ from PIL import Image
 from fedsq_nb import __version__
 from fedsq_nb.client.backbones import ResCNN
 from fedsq_nb.cli import main
-from fedsq_nb.study.experiment import Config
+from fedsq_nb.study.config import Config
 
 gen = np.random.default_rng(0)
 x, y = gen.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8), np.arange(60) % 3

@@ -10,7 +10,9 @@ import fedsq_nb.cli
 from fedsq_nb.server.aggregate import weighted_mean
 from fedsq_nb.cli import main
 from fedsq_nb.core import InputError, Update, copy_state, rng, save_state, state_hash
-from fedsq_nb.study.experiment import METHODS, Config, compare, load_task, run
+from fedsq_nb.study.config import Config
+from fedsq_nb.study.experiment import compare, load_task, run
+from fedsq_nb.study.methods import METHODS
 from fedsq_nb.engine.execute import Processes, serial
 from fedsq_nb.engine.federate import Federation, RoundVoid
 
@@ -610,7 +612,8 @@ def test_how_many_processes_train_may_change_when_a_run_goes_on(whole, tmp_path)
 
 THREADS = '''
 import torch
-from fedsq_nb.study.experiment import Config, compare
+from fedsq_nb.study.config import Config
+from fedsq_nb.study.experiment import compare
 x = torch.ones(512, 512); x @ x  # the parent has used its threads before it forks
 for workers in (1, 2):
     rows = compare(Config(data='digits', weights='random', methods=('fedavg',), lr='0.02', seeds=1, rounds=1, clients=2, alpha=5., min_size=2, max_train=40,

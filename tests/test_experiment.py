@@ -10,7 +10,9 @@ from hypothesis import given, settings, strategies as st
 from fedsq_nb.study import experiment as E
 from fedsq_nb.core import rng, state_hash
 from fedsq_nb.data.images import ImageSet
-from fedsq_nb.study.experiment import METHODS, Config, calibrate, compare
+from fedsq_nb.study.config import Config
+from fedsq_nb.study.experiment import calibrate, compare
+from fedsq_nb.study.methods import METHODS
 from fedsq_nb.data.partition import partition_hash
 
 TINY = dict(weights='random', size=12, clients=3, alpha=1, min_size=2, max_train=60, valid_fraction=.05, test_fraction=.05, batch_size=16, rounds=2, seeds=1)
@@ -35,7 +37,8 @@ def test_and_in_another_process(first):
     code = f'''if True:
         import json, random, numpy, torch
         random.seed(1); numpy.random.seed(2); torch.manual_seed(3)
-        from fedsq_nb.study.experiment import Config, compare
+        from fedsq_nb.study.config import Config
+        from fedsq_nb.study.experiment import compare
         from fedsq_nb.core import state_hash
         r = compare(Config(**{ALL!r}), say=lambda m: None)
         print(json.dumps([r.rows.filter(regex='^(?!.*seconds)').to_dict('records'), {{f'{{m}}-{{s}}': state_hash(w) for (m, s), w in r.weights.items()}}]))'''

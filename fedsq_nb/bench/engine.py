@@ -157,7 +157,8 @@ engine(*material(shape), shape)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'''
 _START = '''
 import time
-from fedsq_nb.study.experiment import Config, compare
+from fedsq_nb.study.config import Config
+from fedsq_nb.study.experiment import compare
 began, first = time.perf_counter(), []
 compare(Config(weights='random', lr='0.01', rounds=1, seeds=1, methods='fedsq'), say=lambda note: None, on_row=lambda row: first.append(time.perf_counter() - began))
 print(first[0])'''

@@ -284,7 +284,7 @@ def _special(self: LocalTraining) -> Callable | None:
 def _load(self: LocalTraining, state: State, client_state: State) -> None:
     "Give the network the global tensors, and those that this client keeps to itself. Raises `InputError` when one is missing."
     if missing := [n for n in self._sent if n not in state]: raise InputError(f'state lacks {missing[0]!r}, which the network needs: begin with shared_state(model)')
-    home = {n: local.get(f'home/{n}', first) for n, first in self.first.items()}
+    home = {n: client_state.get(f'home/{n}', first) for n, first in self.first.items()}
     with torch.no_grad():
         for n, value in (state | home).items():
             if n in self._tensors: self._tensors[n].copy_(value)
@@ -307,10 +307,10 @@ def __call__(self: LocalTraining,
     round: int, # Which round, from 1
 ) -> Update: # The trained tensors, weighted by the client's number of images
     "Train one client for one round."
-    began, local = time.perf_counter(), self.client_states.get(client, {})
-    self._load(state, local)
+    began, client_state = time.perf_counter(), self.client_states.get(client, {})
+    self._load(state, client_state)
     counts = lambda: np.bincount(self.data.labels.cpu().numpy()[self.parts[client]], minlength=len(self.data.classes))
-    context = ClientContext(client, round, state, local, self.lr, self.momentum, counts)
+    context = ClientContext(client, round, state, client_state, self.lr, self.momentum, counts)
     learn = self._prepared(context)
     loss, own = learn.cbs[1], list(learn.cbs[2:])
     try:
