@@ -141,14 +141,14 @@ def __call__(self: Processes,
     round: int, # Which round, from 1
 ) -> Iterator[tuple[int, Update | Exception]]: # Client id with its update, or with what stopped it, as they come
     "Train the clients of one round."
-    cost, local = getattr(train, 'cost', lambda client: 0), getattr(train, 'client_states', {})
+    cost, client_states = getattr(train, 'cost', lambda client: 0), getattr(train, 'client_states', {})
     todo = sorted(clients, key=lambda c: (cost(c), -c))  # taken from the end
     self._ready(train, state)
     try:
         while todo or any(w.client is not None for w in self.team):
             self._hire(state)
             for w in self.team:
-                if todo and w.client is None and w.give(todo[-1], round, local.get(todo[-1], {})): todo.pop()
+                if todo and w.client is None and w.give(todo[-1], round, client_states.get(todo[-1], {})): todo.pop()
             if any(w.client is not None for w in self.team): yield from self._arrivals()
     finally:
         for w in [w for w in self.team if w.client is not None]: self._dismiss(w)  # nobody waits for them any more
