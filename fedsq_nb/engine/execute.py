@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core import InputError, State, Update, copy_state
 
 # %% ../../nbs/60_engine.execute.ipynb #dedae00d
-LocalTrainer = Callable[[State, int, int], Update]  # (global state, client, round) -> update; may have `cost(client)` and `local`, what clients have kept
+LocalTrainer = Callable[[State, int, int], Update]  # (global state, client, round) -> update; may have `cost(client)` and `client_states`, what clients have kept
 
 def serial(
     train: LocalTrainer, # Local training
