@@ -62,19 +62,21 @@ def plan(
     seeds: int, # How many seeds
 ) -> Iterator[Cell]:
     "All cells, those that decide most first."
+    plain, late, controls = ('relu', 'fixed'), ('late2', 'late1'), ('task', 'random')
     for seed in range(seeds):
         for head in RATES: yield Cell('start', head, 0., seed)
-        yield from block(seed, ('relu', 'fixed'), 5)
-    for seed in range(seeds): yield from block(seed, ('late2', 'late1'), 3)
-    for seed in range(seeds): yield from block(seed, ('task', 'random'), 3)
+        yield from block(seed, plain, 0, 2)
+    for arms, first, last in ((late, 0, 2), (plain, 2, 5), (controls, 0, 2), (late, 2, 3)):
+        for seed in range(seeds): yield from block(seed, arms, first, last)
 
 def block(
     seed: int, # Which seed
     arms: Sequence[str], # Side by side
-    most: int, # How many rates
+    first: int, # Which of `RATES`, from here
+    last: int, # Up to but not including this one
 ) -> Iterator[Cell]:
     "Some arms of a seed at several rates."
-    for i in range(most):
+    for i in range(first, last):
         for head, rates in RATES.items():
             for arm in arms:
                 if i < len(rates): yield Cell(arm, head, rates[i], seed)

@@ -4,8 +4,8 @@
     python headroom.py --data cifar100.npz --weights resnet18_tinyimagenet64.safetensors --out results/headroom
 
 Every cell is a method x head x partition x local epochs x rate x seed. Cells that `rows.jsonl` already has are
-skipped, so a run can be stopped at any time and gone on with, or shared with `--part 2/3`. Within a seed all methods see
-the same images, partition, head and order.
+skipped, so a run can be stopped at any time and gone on with, or shared with `--part 2/3`. Within a seed all methods
+see the same images, partition, head and order.
 """
 import argparse, copy, dataclasses, itertools, time
 from collections.abc import Callable, Iterator, Sequence
