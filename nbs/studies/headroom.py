@@ -122,13 +122,20 @@ def size(
     "Root mean square length over images."
     return round(logits.square().sum(1).mean().sqrt().item(), 6)
 
+def share(
+    part: Tensor, # (b, classes)
+    whole: Tensor, # (b, classes)
+) -> float: # 1 for the whole itself, 0 for what stands at right angles to it
+    "How much of `whole` lies in `part`."
+    return round(((part * whole).sum() / whole.square().sum()).item(), 5)
+
 def gap_parts(
     model: nn.Module, # The network of the round; a `DualCopy` has its own gates, a plain one those of its start
     start: State, # What the clients began the round with
     updates: Sequence[Update], # What they sent
     x: Tensor, # Images (b, c, h, w)
     pairs: bool, # Part the multilinear part further, by pairs of blocks?
-) -> dict: # Sizes, and shares of the gap that sum to 1
+) -> dict: # Sizes; shares of the gap, with sum 1; and how far each part reaches along the way that the ensemble moved
     "Where the averaging gap of a round comes from."
     states, total = [u.state for u in updates], sum(u.weight for u in updates)
     weights = [u.weight / total for u in updates]
@@ -146,9 +153,9 @@ def gap_parts(
         by_pair = pair_gaps(linear, start, states, weights)
         parts |= {f'{a} {b}': g for (a, b), g in by_pair.items()} | {'rest': multilinear - sum(by_pair.values())}
     moved = sum(w * own(s) for w, s in zip(weights, states)) - own(start)
-    share = lambda part: round(((part * gap).sum() / gap.square().sum()).item(), 5)
+    along = {k: share(parts[k], moved) for k in ('crossing', 'multilinear')}
     return {'gap': size(gap), 'moved': size(moved), 'sizes': {k: size(p) for k, p in parts.items()},
-            'shares': {k: share(p) for k, p in parts.items()}}
+            'shares': {k: share(p, gap) for k, p in parts.items()}, 'along': along}
 
 # --- one cell --------------------------------------------------------------------------------------------------------
 
