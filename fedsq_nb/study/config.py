@@ -12,7 +12,7 @@ from pathlib import Path
 from ..client.compression import parse_kind
 from ..core import InputError, check_name
 from ..data.skew import KINDS
-from ..gating.dualcopy import OPTIONS
+from ..gating.rules import OPTIONS
 from .methods import METHODS, method_of
 
 # %% ../../nbs/71_study.config.ipynb #86f6220d

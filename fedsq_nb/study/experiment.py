@@ -24,7 +24,9 @@ from ..client.backbones import Format, backbone, check_size, image_format
 from ..core import InputError, State, Update, atomic_write, check_name, pick_device, rng, save_state, serialised_bytes, state_hash
 from ..gating.cache import GateCache, cache_key, gate_cache, plan, verdict
 from ..data.images import Augment, Batches, Splits, load_data
-from ..gating.dualcopy import OPTIONS, DualCopy, gate_function
+from ..gating.dualcopy import DualCopy
+from ..gating.graph import gate_function
+from ..gating.rules import OPTIONS
 from ..server.control import with_control
 from ..engine.execute import Processes, serial
 from ..engine.federate import Diverged, Federation, RoundVoid, ran_away
