@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsq_nb.cache import GateCache
+from fedsq_nb.gating.cache import GateCache
 from fedsq_nb.core import State, copy_state, load_state, rng, state_hash
-from fedsq_nb.data import Batches
-from fedsq_nb.dualcopy import DualCopy, gate_function
-from fedsq_nb.gates import disagreement
+from fedsq_nb.data.images import Batches
+from fedsq_nb.gating.dualcopy import DualCopy
+from fedsq_nb.gating.graph import gate_function
+from fedsq_nb.gating.gates import disagreement
 
 from study_cells import Stage, answers, append_rows, computing, fingerprint, part_of, score, stored
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsq_nb.aggregate import sift, spread, weighted_mean
+from fedsq_nb.server.aggregate import screen_updates, spread, weighted_mean
 from fedsq_nb.core import State, Update, load_state, state_hash
-from fedsq_nb.dualcopy import DualCopy
-from fedsq_nb.learner import LocalTraining, shared_state, trained_copy
-from fedsq_nb.partition import dirichlet, iid
+from fedsq_nb.gating.dualcopy import DualCopy
+from fedsq_nb.client.learner import LocalTraining, shared_state, trained_copy
+from fedsq_nb.data.partition import dirichlet, iid
 
 from study_cells import PRECISIONS, Stage, answers, append_rows, fingerprint, part_of, score, stored
 
@@ -219,7 +219,7 @@ def run(
     state = shared_state(train.model)
     for round_ in range(1, settings.rounds + 1):
         sent = [train(state, client, round_) for client in range(settings.clients)]
-        updates, lost = sift(sent, state, round=round_)
+        updates, lost = screen_updates(sent, state, round=round_)
         row = {'round': round_, 'state': 'diverged' if lost else 'ok', 'lost': len(lost)}
         if lost: rows.append(row)
         if lost: break

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsq_nb.backbones import Format, backbone, head_name, image_format
-from fedsq_nb.cache import GateCache, gate_cache
+from fedsq_nb.client.backbones import Format, backbone, head_name, image_format
+from fedsq_nb.gating.cache import GateCache, gate_cache
 from fedsq_nb.core import State, rng
-from fedsq_nb.data import Batches, ImageSet, Splits, load_data, thin
-from fedsq_nb.dualcopy import DualCopy
+from fedsq_nb.data.images import Batches, ImageSet, Splits, load_data, thin
+from fedsq_nb.gating.dualcopy import DualCopy
 
 # --- cells -----------------------------------------------------------------------------------------------------------
 
