@@ -352,6 +352,8 @@ def _federation(task: Task, method: str, seed: int, lr: float, parts: list[np.nd
 
 def _executor(c: Config) -> contextlib.AbstractContextManager:
     "Who trains the clients."
+    if c.workers > 1 and c.threads > 1:
+        raise InputError(f'workers {c.workers} have one thread each, and threads is {c.threads}: use threads=1, or workers=1')
     if c.workers > 1 and c.device != 'cpu': raise InputError(f'workers {c.workers} share a CPU, not {c.device!r}: use workers=1 there')
     return Processes(c.workers, c.client_seconds or None) if c.workers > 1 else contextlib.nullcontext(serial)
 
