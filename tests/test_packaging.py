@@ -1,5 +1,5 @@
 "What is handed out is whole: the wheel built from the sdist holds every wing, its metadata and the mark that it is typed."
-import configparser, email, shutil, subprocess, sys, tarfile, zipfile
+import configparser, email, json, re, shutil, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 
 import pytest
@@ -52,3 +52,33 @@ def test_the_metadata_of_the_wheel_are_those_of_the_settings(wheel):
     assert told['Description'] or told.get_payload().startswith('# fedsq_nb')
     scripts = packed.read(meta.replace('METADATA', 'entry_points.txt')).decode()
     assert 'fedsq = fedsq_nb.cli:main' in scripts
+
+
+def links(text): return [target for target in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in target and not target.startswith('#')]
+
+
+def test_no_link_of_the_readme_is_broken():
+    found = links((top/'README.md').read_text())
+    assert found and [target for target in found if not (top/target).is_file()] == []
+
+
+@pytest.mark.parametrize('nb', ['index', 'explanations/architecture', *(f'studies/{p.stem}' for p in (top/'nbs'/'studies').glob('*.ipynb'))])
+def test_no_link_of_a_page_is_broken(nb):
+    path = top/'nbs'/f'{nb}.ipynb'
+    cells = json.loads(path.read_text())['cells']
+    shown = [''.join(o['data'].get('text/markdown', '')) for c in cells for o in c.get('outputs', []) if 'data' in o]
+    text = '\n'.join([*(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), *shown])
+    assert [target for target in links(text) if not (path.parent/target).is_file()] == []
+
+
+def test_every_notebook_can_be_reached_from_the_readme():
+    found = set(links((top/'README.md').read_text()))
+    pages = [p for p in (top/'nbs').rglob('*.ipynb') if p.name != 'index.ipynb' and '.ipynb_checkpoints' not in p.parts]
+    assert [p.name for p in pages if p.relative_to(top).as_posix() not in found] == []
+
+
+def test_the_two_commands_of_the_readme_are_the_ones_that_ci_runs():
+    lines, ci = (top/'README.md').read_text().split('\n'), (top/'.ci'/'run').read_text()
+    for command in ('pip install -e . && fedsq compare', 'pip install -e ".[dev]" && nbdev_test && pytest'):
+        assert lines.count(command) == 1 and f"line '{command}'" in ci
+    assert not re.search(r'OMP_NUM_THREADS|MPLBACKEND|OPENBLAS', ci)
