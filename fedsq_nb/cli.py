@@ -17,7 +17,7 @@ from . import __version__
 from .bench.dualcopy import NETS, bench_dualcopy, bench_table, machine
 from .bench.engine import SHAPES, bench_engine, engine_table
 from .core import InputError, atomic_write, check_name, pick_device
-from .study.config import Config, coerce, read_toml
+from .study.config import SETTINGS, Config, coerce, read_toml
 from .study.experiment import Comparison, compare, cpu_threads
 from .engine.federate import RoundVoid
 from .study.report import headline, missing, notes, read_rows, records, report, table, text_table
@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     "One option for each setting; those that are not given stay absent."
-    for f in dataclasses.fields(Config):
+    for f in SETTINGS.values():
         option, default = '--' + f.name.replace('_', '-'), ','.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         text = f"{f.metadata['help']} [{default}]".replace('%', '%%')
         if f.type is bool: parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
@@ -72,7 +72,7 @@ def parse(
     "Read a command line. Raises `InputError` for an option that does not exist, with the nearest that does."
     args, extra = parser().parse_known_args(argv)
     if extra:
-        valid = ['--config', '--json', *('--' + f.name.replace('_', '-') for f in dataclasses.fields(Config))] if args.command == 'compare' else _OWN.get(args.command, ['--json'])
+        valid = ['--config', '--json', *('--' + f.name.replace('_', '-') for f in SETTINGS.values())] if args.command == 'compare' else _OWN.get(args.command, ['--json'])
         check_name(extra[0].split('=')[0], valid, 'option')
     return args
 
@@ -84,7 +84,7 @@ def config_of(
     args: argparse.Namespace, # From `parse`
 ) -> Config:
     "The configuration that a command line asks for. Raises `InputError` as `Config` and `read_toml` do."
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    given = {f.name: getattr(args, f.name) for f in SETTINGS.values() if hasattr(args, f.name)}
     stored = Path(given.get('out', ''))/'config.toml'
     base = read_toml(stored) if given.get('resume') and given.get('out') and stored.is_file() else read_toml(args.config) if args.config else {}
     if given.get('resume') and not stored.is_file() and not set(given) - {'resume', 'out'} and not args.config:
@@ -92,7 +92,7 @@ def config_of(
     config = Config(**base | given)
     if config.resume and not config.out: raise InputError('resume needs the folder of the run that was stopped: give it with --out')
     if config.out: return config
-    return dataclasses.replace(config, out=str(Path('runs')/f"{Path(config.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    return config.replace(out=str(Path('runs')/f"{Path(config.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
 # %% ../nbs/90_cli.ipynb #735ac3bb
 class _Bar(ProgressBar):

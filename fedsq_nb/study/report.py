@@ -22,6 +22,7 @@ from scipy import stats
 
 from ..core import InputError, atomic_write
 from ..data.partition import heat_map
+from .settings import flattened
 
 # %% ../../nbs/78_study.report.ipynb #582eb698
 def _lines(path: Path) -> list[dict]:
@@ -391,7 +392,7 @@ def failures(
 # %% ../../nbs/78_study.report.ipynb #1c4c9f83
 def _settings(folder: Path) -> dict:
     "The content of `config.toml`, empty when there is none or it cannot be read."
-    try: return tomllib.loads((folder/'config.toml').read_text())
+    try: return flattened(tomllib.loads((folder/'config.toml').read_text()), 'config.toml')
     except (OSError, ValueError): return {}
 
 # %% ../../nbs/78_study.report.ipynb #489e1ebd
