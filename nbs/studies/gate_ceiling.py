@@ -57,7 +57,7 @@ class Cell(NamedTuple):
     rate: float # Learning rate of the first step; it falls linearly to zero
     seed: int # Of images, head and order
 
-RATES = {'ridge': (0.003, 0.001, 0.01, 0.0003, 0.03), 'random': (0.03, 0.01, 0.1, 0.003)} # Those that decide most first
+RATES = {'ridge': (0.003, 0.001, 0.01, 0.0003, 0.03, 0.0001), 'random': (0.03, 0.01, 0.1, 0.003)} # Those that decide most first
 
 def plan(
     seeds: int, # How many seeds
@@ -67,7 +67,7 @@ def plan(
     for seed in range(seeds):
         for head in RATES: yield Cell('start', head, 0., seed)
         yield from block(seed, plain, 0, 2)
-    for arms, first, last in ((late, 0, 2), (plain, 2, 5), (controls, 0, 2), (late, 2, 3)):
+    for arms, first, last in ((late, 0, 2), (plain, 2, 6), (controls, 0, 2), (late, 2, 3)):
         for seed in range(seeds): yield from block(seed, arms, first, last)
 
 def block(
