@@ -25,7 +25,7 @@ from ..core import InputError, State, Update, atomic_write, check_name, pick_dev
 from ..gating.cache import GateCache, cache_key, gate_cache, plan, verdict
 from ..data.images import Augment, Batches, Splits, load_data
 from ..gating.dualcopy import OPTIONS, DualCopy, gate_function
-from ..server.control import with_control
+from ..server.optimizers import with_control
 from ..engine.execute import Processes, serial
 from ..engine.federate import Diverged, Federation, RoundVoid, ran_away
 from ..gating.gates import disagreement
