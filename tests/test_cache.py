@@ -310,7 +310,7 @@ def some():
 
 def limited(limit, **kw):
     task, _ = some()
-    return type(task)(dataclasses.replace(task.config, cache_bytes=limit, **kw), task.splits, task.form)
+    return type(task)(task.config.replace(cache_bytes=limit, **kw), task.splits, task.form)
 
 def test_bytes_are_bounded_over_the_three_parts(tmp_path):
     task, (dc, *_) = some()

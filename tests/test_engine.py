@@ -10,7 +10,7 @@ import fedsq_nb.cli
 from fedsq_nb.server.aggregate import weighted_mean
 from fedsq_nb.cli import main
 from fedsq_nb.core import InputError, Update, copy_state, rng, save_state, state_hash
-from fedsq_nb.study.config import Config
+from fedsq_nb.study.config import Config, read_toml
 from fedsq_nb.study.experiment import compare, load_task, run
 from fedsq_nb.study.methods import METHODS
 from fedsq_nb.engine.execute import Processes, serial
@@ -65,7 +65,7 @@ def test_the_same_bits_for_any_number_of_workers(method, variety, tmp_path):
     if settings.get('cache') == 'folder': settings = settings | dict(cache=str(tmp_path))
     task, runs = task_of(**settings), []
     for workers in (1, 2, 4):
-        config = dataclasses.replace(task.config, workers=workers, client_seconds=60.)
+        config = task.config.replace(workers=workers, client_seconds=60.)
         runs.append(run(dataclasses.replace(task, config=config), method, 0, .02))
     assert runs[0].rows[-1]['clients_ok'] == (settings.get('per_round') or 4)
     for other in runs[1:]: assert timeless(other.rows) == timeless(runs[0].rows) and state_hash(other.state) == state_hash(runs[0].state)
@@ -436,7 +436,7 @@ def finish(p):
 
 def rows_of(folder): return [json.loads(line) for line in (folder/'rounds.jsonl').read_text().splitlines()]
 def tree(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
-def config_in(folder): return {k: v for k, v in tomllib.loads((folder/'config.toml').read_text()).items() if k not in ('out', 'resume', 'workers')}
+def config_in(folder): return {k: v for k, v in read_toml(folder/'config.toml').items() if k not in ('out', 'resume', 'workers')}
 
 @functools.cache
 def uninterrupted(kind, folder):

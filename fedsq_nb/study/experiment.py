@@ -24,13 +24,15 @@ from ..client.backbones import Format, backbone, check_size, image_format
 from ..core import InputError, State, Update, atomic_write, check_name, pick_device, rng, save_state, serialised_bytes, state_hash
 from ..gating.cache import GateCache, cache_key, gate_cache, plan, verdict
 from ..data.images import Augment, Batches, Splits, load_data
-from ..gating.dualcopy import OPTIONS, DualCopy, gate_function
-from ..server.control import with_control
+from ..gating.dualcopy import DualCopy
+from ..gating.graph import gate_function
+from ..gating.rules import OPTIONS
+from ..server.optimizers import with_control
 from ..engine.execute import Processes, serial
 from ..engine.federate import Diverged, Federation, Limits, Renewal, RoundVoid, Sampling
 from ..gating.gates import disagreement
 from ..client.learner import LocalTraining, constant_state, evaluate, shared_names, shared_state, trained_copy
-from .config import Config, coerce, fixed_rates, read_toml, run_settings
+from .config import Config, coerce, as_toml, fixed_rates, read_toml, run_settings, settings_for
 from .methods import METHODS, Method, ServerContext, gated, method_of
 from ..server.privacy import epsilon
 from ..client.compression import decode, encode, parse_kind
@@ -47,7 +49,7 @@ def resolve(
     device = str(pick_device(config.device))
     workers = config.workers or (min(8, config.clients, processors()) if device == 'cpu' and config.threads == 1 else 1)
     per_round = max(1, round(config.fraction*config.clients)) if config.fraction else config.per_round
-    return dataclasses.replace(config, backbone=name, weights=weights, size=config.size or image_format(name).size, fraction=0., per_round=per_round,
+    return config.replace(backbone=name, weights=weights, size=config.size or image_format(name).size, fraction=0., per_round=per_round,
                                batch_size=config.batch_size or (32 if name == 'rescnn' else 64), device=device, workers=workers)
 
 def processors() -> int: # How many of them this process may use; 1 where workers cannot be forked safely
@@ -152,7 +154,7 @@ def _promise(c: Config) -> str:
 def _checked(task: Task, method: str) -> nn.Module:
     "The method's model, once its server rule has averaged a round of nothing."
     c, m = task.config, method_of(method)
-    model = m.parametrise(task.network(c.seed), dataclasses.replace(c, **dict(m.settings)))
+    model = m.parametrise(task.network(c.seed), settings_for(c, method))
     m.at_home(model)
     parts = task.parts(c.seed)
     rule = m.around(scene := ServerContext(c, 0.01, [len(p) for p in parts], c.seed), m.rule(scene))
@@ -282,7 +284,7 @@ def stage(
 ) -> tuple[nn.Module, LocalTraining, Callable, Callable]: # Model, local training, measure of a state, and measure of a round
     "The client's side of a run."
     m, task = method_of(method), task.seen(parts, seed)
-    c = dataclasses.replace(task.config, **dict(m.settings))
+    c = settings_for(task.config, method)
     net = task.network(seed)
     if anchor: net.load_state_dict({n: t for n, t in anchor.items() if not n.startswith('control/')}, strict=False)
     model = m.parametrise(net, c).to(c.device)
@@ -336,7 +338,7 @@ def run(
 def _federation(task: Task, method: str, seed: int, lr: float, parts: list[np.ndarray], test: bool, say: Callable) -> Federation:
     "A federation that is ready to begin."
     m = method_of(method)
-    c = dataclasses.replace(task.config, **dict(m.settings))
+    c = settings_for(task.config, method)
     model, train, measure, inspect = stage(task, method, seed, lr, parts, test=test, say=say)
     sizes = [len(p) for p in parts]
     scene = ServerContext(c, lr, sizes, seed, lr*c.mu if 'fedprox' in method.split('+') else 0.)
@@ -438,8 +440,7 @@ def append_row(
 # %% ../../nbs/76_study.experiment.ipynb #f47e84ed
 def write_config(folder: Path, config: Config, rates: dict[str, float]) -> None:
     "Write every setting, and the rates chosen so far."
-    atomic_write(folder/'config.toml', tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items() if k not in ('resume', 'overwrite')}
-                                                    | {'chosen': {'rates': rates}}))
+    atomic_write(folder/'config.toml', as_toml(config, leave_out=('resume', 'overwrite')) + '\n' + tomli_w.dumps({'chosen': {'rates': rates}}))
 
 def partition_card(task: Task) -> dict:
     "Counts by client and class, and a fingerprint, for every seed."

@@ -9,7 +9,7 @@ from fedsq_nb.server.aggregate import Failure, FailureKind, FedAvg, screen_updat
 from fedsq_nb.core import InputError, Update, copy_state, rng, state_hash
 from fedsq_nb.engine.federate import Federation, Sampling
 from fedsq_nb.server.robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
-from fedsq_nb.server.optimizers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi
+from fedsq_nb.server.optimizers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi, ScaffoldAvg, with_control
 
 fast = settings(max_examples=40, deadline=None)
 nan, inf = float('nan'), float('inf')
@@ -184,3 +184,30 @@ def test_fednova_names_the_client_that_does_not_count():
     sent = [honest(START, c, 1) for c in range(4)]
     for metrics in ({}, {'steps': 0}, {'steps': -3}):
         with pytest.raises(InputError, match='client 2 does not say'): FedNova().step(START, [*sent[:2], replace(sent[2], metrics=metrics), sent[3]])
+
+
+# -- a rule of a user's own, with nothing but a step --------------------------------------------------------------------
+
+class HalfWay:
+    "What a user writes in four lines."
+    def step(self, global_state, updates):
+        mean = FedAvg().step(global_state, updates)
+        return {n: ((t.double() + mean[n].double())/2).to(t.dtype) for n, t in global_state.items()}
+
+@pytest.mark.parametrize('around', [lambda rule: NormClipping(1e9, then=rule), lambda rule: ScaffoldAvg(1e6, rule)], ids=['clipping', 'scaffold'])
+def test_a_rule_with_only_a_step_stands_within_others(around):
+    state = {'w': torch.zeros(2)}
+    if isinstance(around(HalfWay()), ScaffoldAvg): state = with_control(state, ['w'])
+    rule, updates = around(HalfWay()), [Update(k, 1, {n: torch.ones(2) for n in state}, 1.) for k in range(3)]
+    assert rule.step(state, updates)['w'].tolist() == [.5, .5]
+    assert rule.state_dict() == {}
+    rule.load_state_dict({})
+    with pytest.raises(InputError, match='HalfWay keeps nothing'): rule.load_state_dict({'v/w': torch.zeros(1)})
+
+@pytest.mark.parametrize('kind', [FedAdagrad, FedYogi, FedAdam])
+def test_flowers_start_of_the_second_moment(kind):
+    "Flower's v begins at 0: with beta1 = 0, tau = 1 and a change of 1 the first v is the rule's share of 1."
+    rule = kind(1., 0., .5, 1., v0=0.)
+    path(rule, 1., 1)
+    assert rule.state_dict()['v/w'].item() == {FedAdagrad: 1., FedYogi: .5, FedAdam: .5}[kind]
+    with pytest.raises(InputError, match='v0 -1.0'): kind(v0=-1.)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedsq_nb.server.aggregate import FedAvg, weighted_mean
 from fedsq_nb.client.algorithms import FedDyn, Scaffold
-from fedsq_nb.server.control import FedDynAvg, ScaffoldAvg, with_control
+from fedsq_nb.server.optimizers import FedDynAvg, ScaffoldAvg, with_control
 from fedsq_nb.core import InputError, Update, copy_state, rng, state_hash
 from fedsq_nb.engine.federate import Federation, Limits, Sampling
 from fedsq_nb.client.learner import ClientContext, FedProx, LocalLearner, LocalLoss, LocalSGD, TrainMode
