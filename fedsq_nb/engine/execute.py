@@ -204,7 +204,8 @@ class Processes:
         if 'fork' not in multiprocessing.get_all_start_methods():
             raise InputError(f'workers {workers}: this system cannot fork; use workers=1')
         if multiprocessing.current_process().daemon:
-            raise InputError(f'workers {workers}: a daemonic process may have none; start it with daemon=False, or use workers=1')
+            raise InputError(f'workers {workers}: a daemonic process may have none; '
+                             'start it with daemon=False, or use workers=1')
         self.workers, self.time_limit, self.patience = workers, time_limit, patience
         self.team, self.train = [], None
 
@@ -320,8 +321,8 @@ def read(self: Processes,
         w.process.join(5)
         code = w.process.exitcode
         self.dismiss(w)
-        killed = code is not None and code < 0
-        return WorkerLost(f'its process was killed by signal {-code}' if killed else f'its process ended with status {code}')
+        if code is not None and code < 0: return WorkerLost(f'its process was killed by signal {-code}')
+        return WorkerLost(f'its process ended with status {code}')
     if said[0] == 'error' and not w.can_train: return self.train_here(client, w.round)
     return unpack(said, w.up)
 
@@ -332,8 +333,8 @@ def train_here(self: Processes,
     round: int, # In which round
 ) -> Update | Exception: # Its answer
     "Train a client in this process, with one thread, because workers cannot."
-    warnings.warn('workers cannot run a backward pass, since this process has run one beside a GPU: clients are trained '
-                  "one after the other; to use workers, hide the GPU with CUDA_VISIBLE_DEVICES=''")
+    warnings.warn('workers cannot run a backward pass, since this process has run one beside a GPU: clients are '
+                  "trained one after the other; to use workers, hide the GPU with CUDA_VISIBLE_DEVICES=''")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try: return next(serial(self.train, self.down.take(), [client], round))[1]

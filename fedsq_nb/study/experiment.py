@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..server.aggregate import averaging_gap
+from ..server.aggregate import any_diverged, averaging_gap
 from ..client.backbones import Format, backbone, check_size, image_format
 from ..core import InputError, State, Update, atomic_write, check_name, pick_device, rng, save_state, serialised_bytes, state_hash
 from ..gating.cache import GateCache, cache_key, gate_cache, plan, verdict
@@ -29,7 +29,7 @@ from ..gating.graph import gate_function
 from ..gating.rules import OPTIONS
 from ..server.optimizers import with_control
 from ..engine.execute import Processes, serial
-from ..engine.federate import Diverged, Federation, RoundVoid, ran_away
+from ..engine.federate import Diverged, Federation, Limits, Renewal, RoundVoid, Sampling
 from ..gating.gates import disagreement
 from ..client.learner import LocalTraining, constant_state, evaluate, shared_names, shared_state, trained_copy
 from .config import Config, coerce, as_toml, fixed_rates, read_toml, run_settings, settings_for
@@ -326,7 +326,7 @@ def run(
     c, parts = task.config, task.parts(seed) if parts is None else parts
     with cpu_threads(c.threads):
         fed = _federation(task, method, seed, lr, parts, test, say)
-        fed.on_row = lambda row: on_row({'method': method, 'seed': seed, 'lr': lr, **row})
+        fed.listeners.on_row = lambda row: on_row({'method': method, 'seed': seed, 'lr': lr, **row})
         if checkpoints: _keep_checkpoints(fed, checkpoints, [run_settings(c), method, seed, lr], c.checkpoint_every, say)
         with _executor(c) as fed.execute:
             try: fed.fit((rounds or c.rounds) - max(len(fed.rows) - 1, 0))
@@ -344,11 +344,11 @@ def _federation(task: Task, method: str, seed: int, lr: float, parts: list[np.nd
     scene = ServerContext(c, lr, sizes, seed, lr*c.mu if 'fedprox' in method.split('+') else 0.)
     state = {n: t for n, t in shared_state(model).items() if n not in set(train.at_home)}
     if m.control: state = with_control(state, [n for n in state if trained_copy(model).state_dict(keep_vars=True)[n].requires_grad])
-    return Federation(state, len(parts), train, measure=measure, inspect=inspect, rule=m.around(scene, m.rule(scene)), seed=seed, per_round=min(c.per_round, len(parts)) or None,
-                      sizes=sizes if c.sampling == 'size' else None, client_dropout=c.client_dropout, min_clients=min(c.min_clients, len(parts)), norm_limit=c.norm_limit or None,
-                      weight_limit=c.weight_limit or None, decode=functools.partial(decode, kind=parse_kind(c.compress)) if c.compress else Federation.decode,
-                      refresh=c.refresh if isinstance(model, DualCopy) else 0, renew=lambda anchor: stage(task, method, seed, lr, parts, anchor=anchor, test=test)[1:3],
-                      once_bytes=serialised_bytes(constant_state(model)))
+    return Federation(state, len(parts), train, measure=measure, inspect=inspect, rule=m.around(scene, m.rule(scene)), seed=seed,
+                      sampling=Sampling(min(c.per_round, len(parts)) or None, sizes if c.sampling == 'size' else None, c.client_dropout),
+                      limits=Limits(min(c.min_clients, len(parts)), c.norm_limit or None, c.weight_limit or None), decode=functools.partial(decode, kind=parse_kind(c.compress)) if c.compress else Federation.decode,
+                      renewal=Renewal(c.refresh if isinstance(model, DualCopy) else 0, lambda anchor: stage(task, method, seed, lr, parts, anchor=anchor, test=test)[1:3]),
+                      first_contact_bytes=serialised_bytes(constant_state(model)))
 
 def _executor(c: Config) -> contextlib.AbstractContextManager:
     "Who trains the clients."
@@ -361,8 +361,8 @@ def _keep_checkpoints(fed: Federation, folder: Path, what: list, every: int, say
     "Go on where the newest checkpoint stands, and write one after every so many rounds."
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     if fed.restore(folder, key, say):
-        for row in fed.rows: fed.on_row(row)
-    fed.on_round = lambda: fed.save(folder, key) if (len(fed.rows) - 1) % every == 0 else None
+        for row in fed.rows: fed.listeners.on_row(row)
+    fed.listeners.on_round = lambda: fed.save(folder, key) if (len(fed.rows) - 1) % every == 0 else None
 
 # %% ../../nbs/76_study.experiment.ipynb #d441327b
 def try_rate(
@@ -375,7 +375,7 @@ def try_rate(
     for seed in rng(c.seed, 'calibration').integers(2**31, size=c.calibration_seeds).tolist():
         parts = [np.arange(len(task.splits.train))] if c.calibration == 'centralised' else task.parts(seed)
         rows = run(task, method, seed, lr, rounds=c.calibration_rounds or c.rounds, parts=parts, test=False).rows
-        if rows[-1]['state'] != 'ok' or any(ran_away(r.get('failures', [])) for r in rows): return {'method': method, 'lr': lr, 'round': None, 'val_accuracy': None, 'val_loss': None, 'state': 'diverged'}
+        if rows[-1]['state'] != 'ok' or any(any_diverged(r.get('failures', [])) for r in rows): return {'method': method, 'lr': lr, 'round': None, 'val_accuracy': None, 'val_loss': None, 'state': 'diverged'}
         best.append(max(rows[1:], key=_merit))
     mean = lambda name: float(np.mean([r[name] for r in best]))
     return {'method': method, 'lr': lr, 'round': mean('round'), 'val_accuracy': mean('val_accuracy'), 'val_loss': mean('val_loss'), 'state': 'ok'}

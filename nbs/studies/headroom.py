@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsq_nb.server.aggregate import screen_updates, spread, weighted_mean
+from fedsq_nb.server.aggregate import screen_updates, client_drift, weighted_mean
 from fedsq_nb.core import State, Update, load_state, state_hash
 from fedsq_nb.gating.dualcopy import DualCopy
 from fedsq_nb.client.learner import LocalTraining, shared_state, trained_copy
@@ -227,7 +227,7 @@ def run(
         mean = weighted_mean([u.state for u in updates], weights)
         row['train_loss'] = round(float(np.average(losses, weights=weights)), 5)
         row['valid_accuracy'], row['valid_loss'] = score(*asked(stage, train.model, mean, 'valid'))
-        row |= spread(updates, state)
+        row |= client_drift(updates, state)
         if round_ in settings.measured:
             pairs = round_ == settings.measured[0]
             row |= measured(stage, settings, train.model, state, updates, mean, pairs)
