@@ -9,7 +9,7 @@ __all__ = ['Participants', 'with_error', 'shown', 'make_participants', 'make_fed
            'run_all']
 
 # %% ../../nbs/76_study.experiment.ipynb #fbd67d54
-import contextlib, dataclasses, functools, hashlib, json, os
+import contextlib, dataclasses, functools, hashlib, json, operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Participants:
     def state(self) -> State: # The tensors that travel, as they are now
         return {n: t for n, t in shared_state(self.model).items() if n not in set(self.train.at_home)}
 
-# %% ../../nbs/76_study.experiment.ipynb #323a6a96
+# %% ../../nbs/76_study.experiment.ipynb #6fa039fd
 def with_error(code: Callable) -> Callable:
     "An encoder that adds the error it made in a client's last round."
     return lambda state, before, error: code(state, before, error=error)
@@ -67,7 +67,7 @@ def shown(
     "Batches in a network's format."
     return Batches(data, size=form.size, channels=form.channels, mean=form.mean, std=form.std, gates=gates, **settings)
 
-# %% ../../nbs/76_study.experiment.ipynb #03c03284
+# %% ../../nbs/76_study.experiment.ipynb #796021b8
 def make_participants(
     model: nn.Module, # A plain network or a `DualCopy`, on `device`
     splits: Splits, # Images: training, validation, test
@@ -86,7 +86,8 @@ def make_participants(
 ) -> Participants:
     "Local training and measures around one network."
     code = with_error(functools.partial(encode, kind=parse_kind(compress))) if compress else None
-    train = LocalTraining(model, splits.train, parts, form, lr=lr, gates=stored.get('train'), encode=code, device=device, **training)
+    train = LocalTraining(model, splits.train, parts, form, lr=lr, gates=stored.get('train'), encode=code,
+                          device=device, **training)
     valid = shown(splits.valid, form, stored.get('valid'), batch_size=256, device=device)
     tested = shown(splits.test, form, stored.get('test'), batch_size=256, device=device) if test else None
     x = next(iter(shown(splits.valid, form, batch_size=256, device=device)))[0][:n_probe]
@@ -95,11 +96,11 @@ def make_participants(
         counts = class_counts(splits.train.labels.cpu().numpy(), parts, n_classes)
         looks.append(client_accuracies(model, valid, counts, train.first))
     if test and gap: looks.append(gap_meter(model, x, train.first))
-    def inspect(*round): return {name: value for look in looks for name, value in look(*round).items()}
+    def inspect(*round): return functools.reduce(operator.or_, (look(*round) for look in looks), {})
     measure = state_measure(model, valid, tested, probe=x if test else None, kept=train.first)
     return Participants(model, train, measure, inspect, compress)
 
-# %% ../../nbs/76_study.experiment.ipynb #f6ccf5f3
+# %% ../../nbs/76_study.experiment.ipynb #6df6782a
 def make_federation(
     participants: Participants, # The client's side
     *,
@@ -116,7 +117,7 @@ def make_federation(
     return Federation(state, len(p.train.parts), p.train, measure=p.measure, inspect=p.inspect, rule=rule,
                       once_bytes=serialised_bytes(constant_state(p.model)), **settings)
 
-# %% ../../nbs/76_study.experiment.ipynb #cbe308e8
+# %% ../../nbs/76_study.experiment.ipynb #474bf128
 def federation(
     model: nn.Module, # A plain network or a `DualCopy`; its tensors are overwritten
     splits: Splits, # Your images: training, validation, test
@@ -137,9 +138,11 @@ def federation(
     "A federation of your own data and network, without any configuration."
     form, stored = form or own_format(model, splits.train.images, 0), {}
     if store_gates and isinstance(model, DualCopy): stored = store_all(model, splits, form, augment, batch_size, say)
-    p = make_participants(model, splits, parts, form, lr=lr, stored=stored, augment=augment, batch_size=batch_size, seed=seed, **settings)
+    settings |= dict(lr=lr, stored=stored, augment=augment, batch_size=batch_size, seed=seed)
+    p = make_participants(model, splits, parts, form, **settings)
     return make_federation(p, rule=rule or FedAvg(), control=control, seed=seed, **engine)
 
+# %% ../../nbs/76_study.experiment.ipynb #66d8d45e
 def store_all(
     model: DualCopy, # The network
     splits: Splits, # Images
@@ -152,10 +155,11 @@ def store_all(
     vary = {'augment': augment, 'draws': np.random.default_rng(0)} if augment else {}
     train = shown(splits.train, form, batch_size=batch_size, **vary)
     stored = {'train': gate_cache(model.eval(), train, say=say)}
-    for part in ('valid', 'test'): stored[part] = gate_cache(model, shown(getattr(splits, part), form, batch_size=256), announce=False)
+    for part in ('valid', 'test'):
+        stored[part] = gate_cache(model, shown(getattr(splits, part), form, batch_size=256), announce=False)
     return stored
 
-# %% ../../nbs/76_study.experiment.ipynb #d25527aa
+# %% ../../nbs/76_study.experiment.ipynb #6b11f6a5
 def participants_of(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`, or several joined by +
@@ -174,9 +178,12 @@ def participants_of(
     model = m.parametrise(net, c).to(c.device)
     stored = {'train': task.gates(model, 'train', say), 'valid': task.gates(model, 'valid')}
     if test: stored['test'] = task.gates(model, 'test')
-    return make_participants(model, task.splits, parts, task.form, lr=lr, stored=stored, compress=c.compress, test=test, per_client=c.output.per_client, gap=c.output.gap,
-                             device=c.device, epochs=t.local_epochs, batch_size=t.batch_size, momentum=t.momentum, weight_decay=t.weight_decay, augment=task.augment,
-                             callbacks=functools.partial(m.callbacks, c), at_home=tuple(m.at_home(model)), stragglers=c.stragglers, seed=seed)
+    training = dict(epochs=t.local_epochs, batch_size=t.batch_size, momentum=t.momentum, weight_decay=t.weight_decay,
+                    augment=task.augment, stragglers=c.stragglers)
+    algorithm = dict(callbacks=functools.partial(m.callbacks, c), at_home=tuple(m.at_home(model)), compress=c.compress)
+    measured = dict(test=test, per_client=c.output.per_client, gap=c.output.gap)
+    return make_participants(model, task.splits, parts, task.form, lr=lr, stored=stored, seed=seed, device=c.device,
+                             **training, **algorithm, **measured)
 
 # %% ../../nbs/76_study.experiment.ipynb #b359c14c
 @contextlib.contextmanager
@@ -201,7 +208,7 @@ def run(
     say: Callable[[str], None] = lambda message: None, # Told of a divergence
     checkpoints: Path | None = None, # Folder for this run's checkpoints; one that is there already is gone on from
 ) -> Federation: # With `rows` and the final `state`
-    "Play one federation, or go on with it. A divergence ends it early and shows in its last row; raises `RoundVoid` when clients fail for other reasons."
+    "Play one federation, or go on with it. Raises `RoundVoid` when clients fail; a divergence shows in the last row."
     c, parts = task.config, task.parts(seed) if parts is None else parts
     with cpu_threads(c.threads):
         fed = federation_of(task, method, seed, lr, parts, test, say)
@@ -231,12 +238,14 @@ def federation_of(
     def renew(anchor):
         again = participants_of(task, method, seed, lr, parts, anchor=anchor, test=test)
         return again.train, again.measure
-    return make_federation(p, rule=m.around(context, m.rule(context)), control=m.control, seed=seed, per_round=min(f.per_round, len(parts)) or None,
-                           sizes=sizes if f.sampling == 'size' else None, client_dropout=f.client_dropout, min_clients=min(f.min_clients, len(parts)),
-                           norm_limit=f.norm_limit or None, weight_limit=f.weight_limit or None, renew=renew,
-                           refresh=c.refresh if isinstance(p.model, DualCopy) else 0)
+    drawn = dict(per_round=min(f.per_round, len(parts)) or None, client_dropout=f.client_dropout)
+    if f.sampling == 'size': drawn['sizes'] = sizes
+    limits = dict(norm_limit=f.norm_limit or None, weight_limit=f.weight_limit or None, min_clients=min(f.min_clients, len(parts)))
+    renewal = dict(refresh=c.refresh, renew=renew) if isinstance(p.model, DualCopy) else {}
+    rule = m.around(context, m.rule(context))
+    return make_federation(p, rule=rule, control=m.control, seed=seed, **drawn, **limits, **renewal)
 
-# %% ../../nbs/76_study.experiment.ipynb #016f20b2
+# %% ../../nbs/76_study.experiment.ipynb #733122ba
 def executor(
     workers: int, # Processes that train clients; 1: this one
     device: str, # Where to compute
@@ -294,7 +303,7 @@ class Comparison:
     weights: dict[tuple[str, int], State] # Final state by method and seed; empty when they were written to the folder
     folder: Path | None # Where everything was written, if anywhere
 
-# %% ../../nbs/76_study.experiment.ipynb #7602384d
+# %% ../../nbs/76_study.experiment.ipynb #2bca59f1
 @patch
 def last_rows(self: Comparison) -> pd.DataFrame: # Means over seeds, one line a method, in the order they ran
     "What each method ended with."
@@ -302,13 +311,15 @@ def last_rows(self: Comparison) -> pd.DataFrame: # Means over seeds, one line a 
     columns = ['lr', 'val_accuracy', 'test_accuracy']
     return last.groupby('method', sort=False)[columns].mean().assign(seeds=last.groupby('method').seed.nunique())
 
+# %% ../../nbs/76_study.experiment.ipynb #d6b941d0
 @patch
 def what_next(self: Comparison) -> str:
     "What can be done with it now."
-    if self.folder: return f'Page: report({str(self.folder)!r}) of fedsq_nb.study.report. Rows: .rows, rates tried: .calibration.'
-    return 'Rows: .rows, rates tried: .calibration, final weights: .weights. Give out=FOLDER to keep all of it and to write a report.'
+    tables = 'Rows: .rows, rates tried: .calibration'
+    if self.folder: return f'{tables}. Page: report({str(self.folder)!r}) of fedsq_nb.study.report.'
+    return f'{tables}, final weights: .weights. Give out=FOLDER to keep all of it and to write a report.'
 
-# %% ../../nbs/76_study.experiment.ipynb #4f927758
+# %% ../../nbs/76_study.experiment.ipynb #66f9247f
 @patch
 def _repr_html_(self: Comparison) -> str:
     "As a notebook shows it: a table, and what comes next."
@@ -323,7 +334,7 @@ def compare(
     say: Callable[[str], None] = print, # Told what a reader should know
     on_row: Callable[[dict], None] = lambda row: None, # Told each row as it is made, those of the calibration too
 ) -> Comparison:
-    "Run every method on every seed. Raises `InputError` before anything is written or trained if a setting cannot be used."
+    "Run every method on every seed. Raises `InputError` before anything is written if a setting cannot be used."
     with cpu_threads(config.threads):
         again = config.resume and bool(config.out) and holds_run(config.out)
         if config.out and not again: claim(config.out, config.overwrite, look=True)
@@ -337,7 +348,7 @@ def compare(
         if folder: folder.finish()
     return Comparison(task.config, rates, pd.DataFrame(rows), pd.DataFrame(tried), weights, folder and folder.path)
 
-# %% ../../nbs/76_study.experiment.ipynb #0a2a5588
+# %% ../../nbs/76_study.experiment.ipynb #34440a12
 def settings_to_write(
     config: Config, # Settings
 ) -> dict: # By name, without those that say how to open a folder
@@ -347,7 +358,7 @@ def settings_to_write(
 def open_folder(
     config: Config, # The settings, nothing left `auto`
     again: bool, # Go on with the run that is there?
-) -> tuple[RunFolder | None, dict[str, float], list[dict]]: # The folder, rates known so far, and rows of their calibration
+) -> tuple[RunFolder | None, dict[str, float], list[dict]]: # The folder, rates known, rows of their calibration
     "Claim a folder for a new run, or get a stopped one ready to go on."
     rates = dict(fixed_rates(config))
     if not config.out: return None, rates, []
@@ -367,7 +378,14 @@ def go_on(
     return folder.rewind()
 
 # %% ../../nbs/76_study.experiment.ipynb #06f071ea
-def calibrate_all(task: Task, folder: RunFolder | None, say: Callable, on_row: Callable, rates: dict, tried: list) -> tuple[dict[str, float], list[dict]]:
+def calibrate_all(
+    task: Task, # Data and settings
+    folder: RunFolder | None, # Where rows and rates are written, if anywhere
+    say: Callable[[str], None], # Told what is done
+    on_row: Callable[[dict], None], # Told each row
+    rates: dict[str, float], # Rates known so far
+    tried: list[dict], # Rows of their calibration
+) -> tuple[dict[str, float], list[dict]]: # All rates, and all rows
     "Calibrate every method that has no rate yet, and write down what was tried."
     rates, tried = dict(rates), list(tried)
     left = [m for m in task.config.methods if m not in rates]
@@ -382,7 +400,13 @@ def calibrate_all(task: Task, folder: RunFolder | None, say: Callable, on_row: C
     return rates, tried
 
 # %% ../../nbs/76_study.experiment.ipynb #86b19b7b
-def run_all(task: Task, rates: dict[str, float], folder: RunFolder | None, say: Callable, on_row: Callable) -> tuple[list[dict], dict]:
+def run_all(
+    task: Task, # Data and settings
+    rates: dict[str, float], # Learning rate by method
+    folder: RunFolder | None, # Where rows and weights are written, if anywhere
+    say: Callable[[str], None], # Told of divergences
+    on_row: Callable[[dict], None], # Told each row
+) -> tuple[list[dict], dict[tuple[str, int], State]]: # Rows, and final states that were not written
     "Every method on every seed; rows go to the folder as they are made, weights at the end of each run."
     rows, weights = [], {}
     def keep(row):

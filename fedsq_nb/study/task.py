@@ -7,7 +7,7 @@ __all__ = ['UNLEARNED', 'make_partition', 'processors', 'resolve', 'NoteKind', '
            'own_format', 'named_after', 'load_task', 'fresh_model', 'check_task', 'seeds_of', 'check_method',
            'privacy_promise', 'partition_card']
 
-# %% ../../nbs/73_study.task.ipynb #92a9eb9f
+# %% ../../nbs/73_study.task.ipynb #9272bce6
 import copy, dataclasses, enum, os, sys
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,8 @@ from torch import nn
 from ..client.backbones import Format, backbone, check_size, freeze, freeze_statistics, image_format
 from ..core import InputError, Update, check_name, pick_device, rng, seeded, state_hash
 from ..data.images import Augment, Batches, ImageSet, Splits, load_data, split
-from ..data.partition import card, class_counts, dirichlet, iid, label_skew, niid_bench, partition_hash, quantity_skew, shards
+from ..data.partition import card, class_counts, partition_hash
+from ..data.partition import dirichlet, iid, label_skew, niid_bench, quantity_skew, shards
 from ..data.skew import feature_skew
 from ..gating.cache import GateCache, cache_key, gate_cache, plan, verdict
 from ..gating.dualcopy import DualCopy
@@ -28,7 +29,7 @@ from ..server.privacy import PrivateFedAvg, epsilon
 from .config import Config, settings_for
 from .methods import ServerContext, gated, method_of
 
-# %% ../../nbs/73_study.task.ipynb #5499118c
+# %% ../../nbs/73_study.task.ipynb #b116269a
 def make_partition(
     labels: np.ndarray, # Class of each training image (n,)
     scheme: str, # 'iid', 'dirichlet', 'niid_bench', 'label_skew', 'shards' or 'quantity_skew'
@@ -51,7 +52,7 @@ def make_partition(
     concentration = None if power else alpha
     return quantity_skew(labels, n_clients, alpha=concentration, power=power or None, min_size=min_size, seed=seed)
 
-# %% ../../nbs/73_study.task.ipynb #f39408ec
+# %% ../../nbs/73_study.task.ipynb #23da8a32
 def processors() -> int: # How many this process may use; 1 where workers cannot be forked safely
     "Processors for workers."
     return len(os.sched_getaffinity(0)) if sys.platform == 'linux' else 1
@@ -70,10 +71,11 @@ def resolve(
         workers = 1 if alone else min(8, config.clients, processors())
     per_round = config.per_round
     if config.fraction: per_round = max(1, round(config.fraction*config.clients))
-    return config.replace(backbone=name, weights=weights, size=config.size or image_format(name).size, fraction=0., per_round=per_round,
-                          batch_size=config.batch_size or batch_size, device=device, workers=workers)
+    size, batch_size = config.size or image_format(name).size, config.batch_size or batch_size
+    return config.replace(backbone=name, weights=weights, size=size, fraction=0., per_round=per_round,
+                          batch_size=batch_size, device=device, workers=workers)
 
-# %% ../../nbs/73_study.task.ipynb #de0afc49
+# %% ../../nbs/73_study.task.ipynb #bfb2cc70
 class NoteKind(str, enum.Enum):
     "What a note is about."
     SKIPPED = 'skipped' # Images that were left out
@@ -89,7 +91,7 @@ class Note:
     text: str # In words
     def __str__(self) -> str: return self.text
 
-# %% ../../nbs/73_study.task.ipynb #62a65c72
+# %% ../../nbs/73_study.task.ipynb #abb63da6
 @dataclasses.dataclass(frozen=True)
 class Task:
     "What all runs of a comparison share."
@@ -98,9 +100,9 @@ class Task:
     form: Format # How images are shown to the network
     notes: tuple[Note, ...] = () # What a reader should know
     make: Callable[[int], nn.Module] | None = None # A model of one's own: number of classes -> network
-    stored: dict[str, tuple[str, GateCache | None]] = dataclasses.field(default_factory=dict) # Gates of the latest structural copy, by part, with their key
+    stored: dict = dataclasses.field(default_factory=dict) # By part: key and gates of the latest structural copy
 
-# %% ../../nbs/73_study.task.ipynb #0473eb6b
+# %% ../../nbs/73_study.task.ipynb #22e840d5
 @patch
 def network(self: Task,
     seed: int, # Seed of whatever starts fresh
@@ -109,12 +111,13 @@ def network(self: Task,
     "The pretrained network with the new head of that seed; or the model of one's own."
     n_classes, c = len(self.splits.train.classes), self.config.network
     if self.make is None:
-        return backbone(c.backbone, n_classes, weights=c.weights, head=c.head, bn=c.bn, frozen=c.freeze, seed=seed, say=say).to(self.config.device)
+        settings = dict(weights=c.weights, head=c.head, bn=c.bn, frozen=c.freeze, seed=seed, say=say)
+        return backbone(c.backbone, n_classes, **settings).to(self.config.device)
     with seeded(seed, 'model'): model = self.make(n_classes)
     if c.bn == 'frozen': model = freeze_statistics(model)
     return freeze(model, c.freeze).eval().to(self.config.device)
 
-# %% ../../nbs/73_study.task.ipynb #96f5b3b0
+# %% ../../nbs/73_study.task.ipynb #8b2cfa8f
 @patch
 def parts(self: Task,
     seed: int, # The run's seed
@@ -124,6 +127,7 @@ def parts(self: Task,
     return make_partition(labels, f.partition, f.clients, alpha=f.alpha, min_size=f.min_size,
                           classes_per_client=f.classes_per_client, power=f.power, seed=seed)
 
+# %% ../../nbs/73_study.task.ipynb #3a59e53b
 @patch
 def seen(self: Task,
     parts: list[np.ndarray], # Who owns which training images
@@ -135,13 +139,14 @@ def seen(self: Task,
     train = feature_skew(self.splits.train, parts, f.skew, f.skew_strength, seed=seed)
     return dataclasses.replace(self, splits=dataclasses.replace(self.splits, train=train))
 
-# %% ../../nbs/73_study.task.ipynb #69c18ff1
+# %% ../../nbs/73_study.task.ipynb #4e3c3df5
 @patch(as_prop=True)
 def augment(self: Task) -> Augment | None:
     "How training images vary."
     t = self.config.training
     return Augment(t.flip, t.crop, t.views, self.config.seed) if t.flip or t.crop else None
 
+# %% ../../nbs/73_study.task.ipynb #577b7d68
 @patch
 def batches(self: Task,
     part: str, # 'train', 'valid' or 'test'
@@ -154,7 +159,7 @@ def batches(self: Task,
     return Batches(getattr(self.splits, part), batch_size=batch_size, size=form.size, channels=form.channels,
                    mean=form.mean, std=form.std, gates=gates, device=self.config.device, **vary)
 
-# %% ../../nbs/73_study.task.ipynb #aac85ebc
+# %% ../../nbs/73_study.task.ipynb #0f24fa98
 @patch
 def gates(self: Task,
     model: nn.Module, # A plain network, which has none, or a `DualCopy`
@@ -170,9 +175,11 @@ def gates(self: Task,
         self.stored.pop(part, None)
         limit = c.cache_bytes - sum(cache.nbytes for _, cache in self.stored.values() if cache)
         folder = None if c.cache == 'memory' else c.cache
-        self.stored[part] = key, gate_cache(model, batches, folder=folder, limit=limit, soft=c.cache_type, say=say, announce=False)
+        how = dict(folder=folder, limit=limit, soft=c.cache_type, say=say, announce=False)
+        self.stored[part] = key, gate_cache(model, batches, **how)
     return self.stored[part][1]
 
+# %% ../../nbs/73_study.task.ipynb #575fee68
 @patch
 def storage(self: Task,
     model: DualCopy, # The network
@@ -181,7 +188,7 @@ def storage(self: Task,
     c, parts = self.config.gates, ('train', 'valid', 'test')
     return verdict([plan(model.eval(), self.batches(part), c.cache_type) for part in parts], c.cache_bytes)
 
-# %% ../../nbs/73_study.task.ipynb #c4ac918e
+# %% ../../nbs/73_study.task.ipynb #5aafc84d
 def own_splits(
     data: Any, # A `Splits`, an `ImageSet`, or whatever `load_data` accepts
     **settings, # As `load_data` takes them
@@ -210,7 +217,7 @@ def own_format(
     channels = convolutions[0].in_channels if convolutions else images.shape[1]
     return Format(channels, (0.5,)*channels, (0.5,)*channels, size or images.shape[-1])
 
-# %% ../../nbs/73_study.task.ipynb #f4727bbc
+# %% ../../nbs/73_study.task.ipynb #b9904bcc
 def named_after(
     config: Config, # Settings
     splits: Splits | None, # Data of one's own
@@ -219,13 +226,16 @@ def named_after(
     "Write down what somebody brought along."
     given = {}
     if splits is not None:
-        parts = {f'{p}.{n}': getattr(getattr(splits, p), n) for p in ('train', 'valid', 'test') for n in ('images', 'labels')}
-        given['data'] = f'own-{state_hash(parts)[:8]}'
+        tensors = {}
+        for part in ('train', 'valid', 'test'):
+            tensors[f'{part}.images'] = getattr(splits, part).images
+            tensors[f'{part}.labels'] = getattr(splits, part).labels
+        given['data'] = f'own-{state_hash(tensors)[:8]}'
     if model is not None:
         given |= {'backbone': f'{type(model).__name__}-{state_hash(model.state_dict())[:8]}', 'weights': 'own'}
     return config.replace(**given)
 
-# %% ../../nbs/73_study.task.ipynb #dd47ae30
+# %% ../../nbs/73_study.task.ipynb #4d9ee519
 def load_task(
     config: Config, # The settings
     *,
@@ -236,7 +246,8 @@ def load_task(
     wanted, config = config, resolve(config)
     d, make = config.dataset, None if model is None else own_model(model)
     size = config.size if make is None or wanted.size else 64
-    settings = dict(size=size, valid_fraction=d.valid_fraction, test_fraction=d.test_fraction, max_train=d.max_train or None, skip_bad=d.skip_bad)
+    settings = dict(size=size, valid_fraction=d.valid_fraction, test_fraction=d.test_fraction,
+                    max_train=d.max_train or None, skip_bad=d.skip_bad)
     try: splits = load_data(d.data, **settings) if data is None else own_splits(data, **settings)
     except PermissionError as e: raise InputError(f'data {d.data!r} cannot be read: {e.strerror}') from None
     own = None if make is None else fresh_model(make, len(splits.train.classes), config.seed)
@@ -251,7 +262,7 @@ def fresh_model(make: Callable[[int], nn.Module], n_classes: int, seed: int) -> 
     "A network of one's own as the run of that seed begins with it."
     with seeded(seed, 'model'): return make(n_classes)
 
-# %% ../../nbs/73_study.task.ipynb #adbcea7b
+# %% ../../nbs/73_study.task.ipynb #45dafc1a
 UNLEARNED = ('fedsq: gates of layers that start from random weights were never learned; '
              '--plain-sites leaves such layers ungated, --head light has none')
 
@@ -266,7 +277,8 @@ def check_task(
     images = 'image was' if skipped == 1 else 'images were'
     notes = [Note(NoteKind.SKIPPED, f'{skipped} unreadable {images} left out')] if skipped else []
     notes += fresh
-    if fresh and any(method_of(m).parametrise is gated for m in c.methods): notes.append(Note(NoteKind.UNLEARNED, UNLEARNED))
+    needs_gates = any(method_of(m).parametrise is gated for m in c.methods)
+    if fresh and needs_gates: notes.append(Note(NoteKind.UNLEARNED, UNLEARNED))
     checked = [check_method(task, method) for method in c.methods]
     dual = [model for model, _ in checked if isinstance(model, DualCopy)]
     if dual and c.cache != 'off': notes.append(Note(NoteKind.STORAGE, task.storage(dual[0])))
@@ -279,7 +291,7 @@ def seeds_of(
     "The seeds of a comparison."
     return range(config.seed, config.seed + config.seeds)
 
-# %% ../../nbs/73_study.task.ipynb #6feed0a3
+# %% ../../nbs/73_study.task.ipynb #3ab36dac
 def check_method(
     task: Task, # As loaded
     method: str, # A name in `METHODS`, or several joined by +
@@ -305,14 +317,16 @@ def privacy_promise(
     return (f'private: each run is ({e:.3g}, {a.dp_delta:g})-differentially private for each client, '
             f'the calibration and what is measured apart; noise {a.dp_noise:g}, {c.rounds} rounds')
 
-# %% ../../nbs/73_study.task.ipynb #59460a66
+# %% ../../nbs/73_study.task.ipynb #89a0be05
 def partition_card(
     task: Task, # Data and settings
 ) -> dict: # Plain values, by seed
     "Counts by client and class, a fingerprint and a card, for every seed."
     labels, classes = task.splits.train.labels.cpu().numpy(), task.splits.train.classes
-    f, names = task.config.federation, ('clients', 'alpha', 'min_size', 'classes_per_client', 'power', 'skew', 'skew_strength')
-    settings, found = {name: getattr(f, name) for name in names}, {'classes': list(classes), 'counts': {}, 'hash': {}, 'cards': {}}
+    f = task.config.federation
+    names = 'clients', 'alpha', 'min_size', 'classes_per_client', 'power', 'skew', 'skew_strength'
+    settings = {name: getattr(f, name) for name in names}
+    found = {'classes': list(classes), 'counts': {}, 'hash': {}, 'cards': {}}
     for seed in seeds_of(task.config):
         parts, key = task.parts(seed), str(seed)
         found['counts'][key] = class_counts(labels, parts, len(classes)).tolist()
