@@ -53,7 +53,7 @@ class Participants:
     def state(self) -> State: # The tensors that travel, as they are now
         return {n: t for n, t in shared_state(self.model).items() if n not in set(self.train.at_home)}
 
-# %% ../../nbs/76_study.experiment.ipynb #6fa039fd
+# %% ../../nbs/76_study.experiment.ipynb #daaaf4a8
 def with_error(code: Callable) -> Callable:
     "An encoder that adds the error it made in a client's last round."
     return lambda state, before, error: code(state, before, error=error)
@@ -67,7 +67,7 @@ def shown(
     "Batches in a network's format."
     return Batches(data, size=form.size, channels=form.channels, mean=form.mean, std=form.std, gates=gates, **settings)
 
-# %% ../../nbs/76_study.experiment.ipynb #796021b8
+# %% ../../nbs/76_study.experiment.ipynb #b1ec5738
 def make_participants(
     model: nn.Module, # A plain network or a `DualCopy`, on `device`
     splits: Splits, # Images: training, validation, test
@@ -100,7 +100,7 @@ def make_participants(
     measure = state_measure(model, valid, tested, probe=x if test else None, kept=train.first)
     return Participants(model, train, measure, inspect, compress)
 
-# %% ../../nbs/76_study.experiment.ipynb #6df6782a
+# %% ../../nbs/76_study.experiment.ipynb #17a78ecd
 def make_federation(
     participants: Participants, # The client's side
     *,
@@ -117,7 +117,7 @@ def make_federation(
     return Federation(state, len(p.train.parts), p.train, measure=p.measure, inspect=p.inspect, rule=rule,
                       once_bytes=serialised_bytes(constant_state(p.model)), **settings)
 
-# %% ../../nbs/76_study.experiment.ipynb #474bf128
+# %% ../../nbs/76_study.experiment.ipynb #1b988182
 def federation(
     model: nn.Module, # A plain network or a `DualCopy`; its tensors are overwritten
     splits: Splits, # Your images: training, validation, test
@@ -142,7 +142,7 @@ def federation(
     p = make_participants(model, splits, parts, form, **settings)
     return make_federation(p, rule=rule or FedAvg(), control=control, seed=seed, **engine)
 
-# %% ../../nbs/76_study.experiment.ipynb #66d8d45e
+# %% ../../nbs/76_study.experiment.ipynb #b0488ffc
 def store_all(
     model: DualCopy, # The network
     splits: Splits, # Images
@@ -159,7 +159,7 @@ def store_all(
         stored[part] = gate_cache(model, shown(getattr(splits, part), form, batch_size=256), announce=False)
     return stored
 
-# %% ../../nbs/76_study.experiment.ipynb #6b11f6a5
+# %% ../../nbs/76_study.experiment.ipynb #4ecd3458
 def participants_of(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`, or several joined by +
@@ -240,12 +240,13 @@ def federation_of(
         return again.train, again.measure
     drawn = dict(per_round=min(f.per_round, len(parts)) or None, client_dropout=f.client_dropout)
     if f.sampling == 'size': drawn['sizes'] = sizes
-    limits = dict(norm_limit=f.norm_limit or None, weight_limit=f.weight_limit or None, min_clients=min(f.min_clients, len(parts)))
+    limits = dict(norm_limit=f.norm_limit or None, weight_limit=f.weight_limit or None,
+                  min_clients=min(f.min_clients, len(parts)))
     renewal = dict(refresh=c.refresh, renew=renew) if isinstance(p.model, DualCopy) else {}
     rule = m.around(context, m.rule(context))
     return make_federation(p, rule=rule, control=m.control, seed=seed, **drawn, **limits, **renewal)
 
-# %% ../../nbs/76_study.experiment.ipynb #733122ba
+# %% ../../nbs/76_study.experiment.ipynb #9ff336f4
 def executor(
     workers: int, # Processes that train clients; 1: this one
     device: str, # Where to compute
@@ -303,7 +304,7 @@ class Comparison:
     weights: dict[tuple[str, int], State] # Final state by method and seed; empty when they were written to the folder
     folder: Path | None # Where everything was written, if anywhere
 
-# %% ../../nbs/76_study.experiment.ipynb #2bca59f1
+# %% ../../nbs/76_study.experiment.ipynb #93c0b094
 @patch
 def last_rows(self: Comparison) -> pd.DataFrame: # Means over seeds, one line a method, in the order they ran
     "What each method ended with."
@@ -311,7 +312,7 @@ def last_rows(self: Comparison) -> pd.DataFrame: # Means over seeds, one line a 
     columns = ['lr', 'val_accuracy', 'test_accuracy']
     return last.groupby('method', sort=False)[columns].mean().assign(seeds=last.groupby('method').seed.nunique())
 
-# %% ../../nbs/76_study.experiment.ipynb #d6b941d0
+# %% ../../nbs/76_study.experiment.ipynb #fdb81c6b
 @patch
 def what_next(self: Comparison) -> str:
     "What can be done with it now."
@@ -319,7 +320,7 @@ def what_next(self: Comparison) -> str:
     if self.folder: return f'{tables}. Page: report({str(self.folder)!r}) of fedsq_nb.study.report.'
     return f'{tables}, final weights: .weights. Give out=FOLDER to keep all of it and to write a report.'
 
-# %% ../../nbs/76_study.experiment.ipynb #66f9247f
+# %% ../../nbs/76_study.experiment.ipynb #1c8397da
 @patch
 def _repr_html_(self: Comparison) -> str:
     "As a notebook shows it: a table, and what comes next."
@@ -348,7 +349,7 @@ def compare(
         if folder: folder.finish()
     return Comparison(task.config, rates, pd.DataFrame(rows), pd.DataFrame(tried), weights, folder and folder.path)
 
-# %% ../../nbs/76_study.experiment.ipynb #34440a12
+# %% ../../nbs/76_study.experiment.ipynb #ac618137
 def settings_to_write(
     config: Config, # Settings
 ) -> dict: # By name, without those that say how to open a folder
