@@ -10,7 +10,8 @@ from torch import nn
 
 from fedsq_nb.client.backbones import ResCNN, backbone, freeze_statistics
 from fedsq_nb.core import InputError, load_state, save_state, seeded, state_hash
-from fedsq_nb.gating.dualcopy import DualCopy, gate_function, trace
+from fedsq_nb.gating.dualcopy import DualCopy
+from fedsq_nb.gating.graph import gate_function, trace
 from fedsq_nb.gating.gates import disagreement, pack, slots_of, unpack
 
 cases = settings(max_examples=25, deadline=None, derandomize=True)

@@ -9,7 +9,7 @@ import torch
 from fedsq_nb.core import InputError, Update, copy_state, norm, rng, state_hash, sub
 from fedsq_nb.study.config import Config
 from fedsq_nb.study.experiment import compare, load_task, run
-from fedsq_nb.engine.federate import Diverged, Federation, RoundVoid
+from fedsq_nb.engine.federate import Diverged, Federation, Limits, RoundVoid
 from fedsq_nb.study.methods import METHODS, ServerContext, method_of
 
 TINY = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=7, alpha=1., min_size=4, batch_size=8, max_train=90, valid_fraction=.05, test_fraction=.05, workers=1, dp_noise=.01)
@@ -24,7 +24,8 @@ def timeless(rows): return [{k: v for k, v in r.items() if not k.endswith('secon
 def same(a, b):
     assert timeless(a.rows) == timeless(b.rows) and state_hash(a.state) == state_hash(b.state)
     assert {c: state_hash(s) for c, s in a.client_states.items()} == {c: state_hash(s) for c, s in b.client_states.items()}
-    assert a.met == b.met and a.behind == b.behind and state_hash(a.anchor or {}) == state_hash(b.anchor or {})
+    assert a.memory.seen_clients == b.memory.seen_clients and a.memory.outdated_clients == b.memory.outdated_clients
+    assert state_hash(a.memory.renewed_from or {}) == state_hash(b.memory.renewed_from or {})
 
 # ---- the same bits whoever trains, and after a stop
 
@@ -70,7 +71,7 @@ def test_order_of_parts_does_not_matter(): assert final('fedsq+fedprox+fedadam')
 def test_gates_renewed_every_round_are_the_global_models():
     fed = run(task_of(), 'fedsq_refresh', 0, .02)
     assert all(v == 0 for v in run(task_of(rounds=1), 'fedsq_refresh', 0, .02).rows[0]['gate_disagreement'].values())
-    assert state_hash(fed.anchor) != state_hash(fed.state) and fed.anchor.keys() == fed.state.keys()
+    assert state_hash(fed.memory.renewed_from) != state_hash(fed.state) and fed.memory.renewed_from.keys() == fed.state.keys()
 
 # ---- bytes
 
@@ -193,7 +194,7 @@ def test_control_variates_are_not_private():
 
 def test_limits_can_be_taken_away():
     far = lambda c, u: [(c, state_with(u, w=u.state['w'] + 1e6) if c == 4 else u)]
-    fed = Federation(copy_state(START), 10, lambda *a: None, execute=lambda t, s, cs, r: (p for c in cs for p in far(c, honest(c, r))), norm_limit=None)
+    fed = Federation(copy_state(START), 10, lambda *a: None, execute=lambda t, s, cs, r: (p for c in cs for p in far(c, honest(c, r))), limits=Limits(norm_limit=None))
     fed.fit(1)
     assert fed.rows[-1]['clients_ok'] == 10 and fed.state['w'].max() > 1e4
 

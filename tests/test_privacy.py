@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from scipy.optimize import brentq
 from scipy.stats import kstest, norm
 
@@ -233,6 +233,7 @@ def test_many_sampled_rounds_lie_above_an_accountant_that_works_another_way(z, r
     assert 0.999*tight <= epsilon(z, rounds, q, 1e-5) <= 1.25*tight
 
 @slow
+@example(0.6, 182, 0.8984375)
 @given(st.floats(0.6, 20), st.integers(1, 300), st.floats(0.01, 0.9))
 @accounted
 def test_more_noise_less_rounds_and_fewer_clients_promise_more(z, rounds, q):

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 
 from fedsq_nb.server import robust
 from fedsq_nb.server.aggregate import FedAvg
-from fedsq_nb.server.control import ScaffoldAvg, with_control
+from fedsq_nb.server.optimizers import ScaffoldAvg, with_control
 from fedsq_nb.core import InputError, Update, rng, state_hash
 from fedsq_nb.server.robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
 
@@ -120,12 +120,12 @@ def test_blocks_make_no_difference(seed, n):
     "A few numbers at a time instead of all."
     state, updates = federation(seed, n, d=23)
     some = [FedMedian(), FedTrimmedAvg(0.3), GeometricMedian(), NormClipping()] + [MultiKrum(0)] + [Bulyan(1)]*(n >= 7)
-    whole, room = [r.step(state, updates) for r in some], robust._ROOM
+    whole, room = [r.step(state, updates) for r in some], robust.NUMBERS_AT_A_TIME
     try:
-        robust._ROOM = 2*n
-        assert [s.stop - s.start for s in robust._blocks(5, n)] == [2, 2, 1]
+        robust.NUMBERS_AT_A_TIME = 2*n
+        assert [s.stop - s.start for s in robust.blocks(5, n)] == [2, 2, 1]
         for r, w in zip(some, whole): np.testing.assert_allclose(vector(r.step(state, updates)), vector(w), rtol=1e-9, atol=1e-12)
-    finally: robust._ROOM = room
+    finally: robust.NUMBERS_AT_A_TIME = room
 
 
 # -- properties of all rules -----------------------------------------------------------------------------------------------

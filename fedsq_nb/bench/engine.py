@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..server.aggregate import FedAvg, screen_updates, spread
+from ..server.aggregate import FedAvg, client_drift, screen_updates
 from ..client.backbones import Format, backbone
 from .dualcopy import machine, ratio, take_turns
 from ..core import InputError, State, Update, check_name, copy_state, rng, seeded, state_hash
 from ..data.images import ImageSet, batch_bounds
 from ..engine.execute import Processes, serial
-from ..engine.federate import Federation, sample_clients
+from ..engine.federate import Federation, Sampling, sample_clients
 from ..client.learner import LocalTraining, shared_state
 
 # %% ../../nbs/84_bench.engine.ipynb #c4796b6e
@@ -92,7 +92,7 @@ def engine(model: nn.Module, data: ImageSet, parts: Sequence[np.ndarray], state:
            train: LocalTraining | None = None) -> State:
     "Federated averaging by a `Federation`."
     train = train or LocalTraining(model, data, parts, shape.form, lr=lr, batch_size=shape.batch_size, seed=seed)
-    fed = Federation(state, len(parts), train, per_round=shape.per_round, seed=seed, execute=execute)
+    fed = Federation(state, len(parts), train, sampling=Sampling(shape.per_round), seed=seed, execute=execute)
     fed.fit(shape.rounds)
     return fed.state
 
@@ -138,7 +138,7 @@ def bench_server(
     arrays, shares = [{n: t.numpy() for n, t in u.state.items()} for u in updates], np.array([u.weight for u in updates]) / sum(u.weight for u in updates)
     def server():
         good, _ = screen_updates(updates, before, round=1, norm_limit=100., weight_limit=1000.)
-        return FedAvg().step(before, good), spread(good, before)
+        return FedAvg().step(before, good), client_drift(good, before)
     double = lambda: {n: sum(p*a[n].astype(np.float64) for p, a in zip(shares, arrays)).astype(np.float32) for n in before}
     single = lambda: {n: sum(np.float32(p)*a[n] for p, a in zip(shares, arrays)) for n in before}
     seconds = take_turns({'server': server, 'numpy, double': double, 'numpy, single': single}, turns)

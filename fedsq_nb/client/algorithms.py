@@ -48,7 +48,7 @@ class Scaffold(Callback):
     def before_fit(self):
         context = self.learn.context
         trained = self.trained = {n: p for n, p in _trained(self.learn).items() if f'control/{n}' in context.received}  # what stays at home has no control
-        if not trained: raise InputError('SCAFFOLD got no control variates: begin the federation with control.with_control(state, names)')
+        if not trained: raise InputError('SCAFFOLD got no control variates: begin the federation with optimizers.with_control(state, names)')
         self.start = {n: p.detach().clone() for n, p in trained.items()}
         self.c = {n: _on(p, context.received, f'control/{n}') for n, p in trained.items()}
         self.own = {n: _on(p, context.client_state, f'control/{n}') for n, p in trained.items()}

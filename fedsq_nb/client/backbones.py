@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core import InputError, State, check_name, copy_state, load_state, rng, seeded
 from ..data.images import Batches, ImageSet, printed
-from ..gating.dualcopy import frozen_names
+from ..gating.graph import frozen_names
 
 # %% ../../nbs/40_client.backbones.ipynb #72847bf4
 class Block(nn.Module):

@@ -130,9 +130,9 @@ def epsilon(
     "What a training promises to every client. Raises `InputError` for settings that make no sense, or when the accountant is not installed."
     _real('noise_multiplier', noise_multiplier, 0)
     _check(rounds, participation, delta)
-    training = _training(noise_multiplier, rounds, participation)
+    both = [_training(noise_multiplier, rounds, share) for share in {participation, 1.}]  # chance can only hide a client: taking part always is the upper bound
     if not noise_multiplier: return math.inf
-    with _quietly(): return float(_library().rdp.RdpAccountant().compose(training).get_epsilon(delta))
+    with _quietly(): return min(float(_library().rdp.RdpAccountant().compose(training).get_epsilon(delta)) for training in both)
 
 def noise_for(
     epsilon: float, # The promise wanted, above 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from ..core import InputError, rng
-from ..engine.federate import ran_away
+from ..server.aggregate import any_diverged
 
 # %% ../../nbs/74_study.calibrate.ipynb #68722a8c
 def merit(
@@ -76,7 +76,7 @@ def has_diverged(
 ) -> bool:
     "Did this run, or the numbers of any client in it, run away?"
     if rows[-1]['state'] != 'ok': return True
-    return any(ran_away(row.get('failures', [])) for row in rows)
+    return any(any_diverged(row.get('failures', [])) for row in rows)
 
 # %% ../../nbs/74_study.calibrate.ipynb #58c343eb
 def trial(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..client.learner import evaluate, trained_copy
 from ..core import InputError, State, Update, state_hash
 from ..data.images import Batches
-from ..gating.dualcopy import DualCopy, gate_function
+from ..gating.dualcopy import DualCopy
+from ..gating.graph import gate_function
 from ..gating.gates import disagreement
 from ..server.aggregate import averaging_gap
 

@@ -20,7 +20,7 @@ from torch import nn
 from ..client.learner import FedProx  # first, for it quietens what fastai's import would say
 from ..server.aggregate import FedAvg
 from ..client.algorithms import FedDyn, Margins, Moon, Scaffold, head_only, norm_names
-from ..server.control import FedDynAvg, ScaffoldAvg
+from ..server.optimizers import FedDynAvg, ScaffoldAvg
 from ..core import InputError, check_name, seeded
 from ..gating.dualcopy import DualCopy
 from ..server.privacy import PrivateFedAvg

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from fedsq_nb.server.aggregate import FedAvg, screen_updates
+from fedsq_nb.server.aggregate import Failure, FailureKind, FedAvg, screen_updates
 from fedsq_nb.core import InputError, Update, copy_state, rng, state_hash
-from fedsq_nb.engine.federate import Federation
+from fedsq_nb.engine.federate import Federation, Sampling
 from fedsq_nb.server.robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
-from fedsq_nb.server.optimizers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi
+from fedsq_nb.server.optimizers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi, ScaffoldAvg, with_control
 
 fast = settings(max_examples=40, deadline=None)
 nan, inf = float('nan'), float('inf')
@@ -47,7 +47,7 @@ def rounds(make, poison=None, bad=3, n=3):
         sent = [honest(state, c, t) for c in range(10) if c != bad]
         if poison: sent.insert(t % 10, poison(honest(state, bad, t)))
         good, failures = screen_updates(sent, state, round=t, norm_limit=100., weight_limit=1000.)
-        assert [f['client'] for f in failures] == ([bad] if poison else [])
+        assert [f.client for f in failures] == ([bad] if poison else [])
         state = rule.step(state, good)
     return state, rule.state_dict()
 
@@ -71,7 +71,7 @@ def test_a_client_that_sends_again_is_heard_once(rule, clean):
     for t in (1, 2, 3):
         sent = [honest(state, c, t) for c in range(10) if c != 3]
         good, failures = screen_updates([*sent, bias(1e3)(sent[2]), sent[2]], state, round=t, norm_limit=100., weight_limit=1000.)
-        assert failures == [{'client': 2, 'reason': 'duplicate of client 2'}]*2
+        assert failures == [Failure(2, FailureKind.INVALID, 'duplicate of client 2')]*2
         state = bare.step(state, good)
     assert same(state, clean[rule][0])
 
@@ -92,7 +92,7 @@ def test_the_model_keeps_its_names_types_and_shapes_and_the_inputs_their_bits(ru
 @pytest.mark.parametrize('rule', RULES)
 def test_a_run_that_stopped_goes_on_with_the_same_bits(rule, stop, tmp_path):
     "Through a checkpoint of the engine: tensors in a file, the rest in its note."
-    def federation(): return Federation(copy_state(START), 10, honest, rule=RULES[rule](), measure=lambda s: {'hash': state_hash(s)}, per_round=9, seed=4)
+    def federation(): return Federation(copy_state(START), 10, honest, rule=RULES[rule](), measure=lambda s: {'hash': state_hash(s)}, sampling=Sampling(9), seed=4)
     whole, first, second = federation(), federation(), federation()
     whole.fit(5)
     first.fit(stop)
@@ -184,3 +184,30 @@ def test_fednova_names_the_client_that_does_not_count():
     sent = [honest(START, c, 1) for c in range(4)]
     for metrics in ({}, {'steps': 0}, {'steps': -3}):
         with pytest.raises(InputError, match='client 2 does not say'): FedNova().step(START, [*sent[:2], replace(sent[2], metrics=metrics), sent[3]])
+
+
+# -- a rule of a user's own, with nothing but a step --------------------------------------------------------------------
+
+class HalfWay:
+    "What a user writes in four lines."
+    def step(self, global_state, updates):
+        mean = FedAvg().step(global_state, updates)
+        return {n: ((t.double() + mean[n].double())/2).to(t.dtype) for n, t in global_state.items()}
+
+@pytest.mark.parametrize('around', [lambda rule: NormClipping(1e9, then=rule), lambda rule: ScaffoldAvg(1e6, rule)], ids=['clipping', 'scaffold'])
+def test_a_rule_with_only_a_step_stands_within_others(around):
+    state = {'w': torch.zeros(2)}
+    if isinstance(around(HalfWay()), ScaffoldAvg): state = with_control(state, ['w'])
+    rule, updates = around(HalfWay()), [Update(k, 1, {n: torch.ones(2) for n in state}, 1.) for k in range(3)]
+    assert rule.step(state, updates)['w'].tolist() == [.5, .5]
+    assert rule.state_dict() == {}
+    rule.load_state_dict({})
+    with pytest.raises(InputError, match='HalfWay keeps nothing'): rule.load_state_dict({'v/w': torch.zeros(1)})
+
+@pytest.mark.parametrize('kind', [FedAdagrad, FedYogi, FedAdam])
+def test_flowers_start_of_the_second_moment(kind):
+    "Flower's v begins at 0: with beta1 = 0, tau = 1 and a change of 1 the first v is the rule's share of 1."
+    rule = kind(1., 0., .5, 1., v0=0.)
+    path(rule, 1., 1)
+    assert rule.state_dict()['v/w'].item() == {FedAdagrad: 1., FedYogi: .5, FedAdam: .5}[kind]
+    with pytest.raises(InputError, match='v0 -1.0'): kind(v0=-1.)

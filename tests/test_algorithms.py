@@ -15,11 +15,11 @@ from torch import nn
 from fedsq_nb.server.aggregate import FedAvg
 from fedsq_nb.client.backbones import Format
 from fedsq_nb.client.algorithms import FedDyn, Margins, Moon, Scaffold, contrast, gradient_count, head_only, margins, norm_names
-from fedsq_nb.server.control import FedDynAvg, ScaffoldAvg, with_control
+from fedsq_nb.server.optimizers import FedDynAvg, ScaffoldAvg, with_control
 from fedsq_nb.core import InputError, copy_state, rng, seeded, state_hash
 from fedsq_nb.data.images import Augment, from_arrays
 from fedsq_nb.engine.execute import Processes, serial
-from fedsq_nb.engine.federate import Federation, sample_clients
+from fedsq_nb.engine.federate import Federation, Limits, Sampling, sample_clients
 from fedsq_nb.client.learner import FedProx, LocalLearner, LocalLoss, LocalSGD, LocalTraining, TrainMode, evaluate, shared_state
 
 fast, few = settings(max_examples=25, deadline=None), settings(max_examples=8, deadline=None)
@@ -259,7 +259,7 @@ def test_every_algorithm_walks_elsewhere():
 
 def played(k, execute=serial, per_round=None, **changes):
     train = training(fresh(k.make), k.callbacks, at_home=k.at_home, **k.settings | dict(momentum=.9) | changes)
-    fed = Federation(beginning(k), 4, train, rule=rule_of(k), per_round=per_round, seed=9, execute=execute)
+    fed = Federation(beginning(k), 4, train, rule=rule_of(k), sampling=Sampling(per_round), seed=9, execute=execute)
     fed.fit(5)
     assert [r['state'] for r in fed.rows] == ['ok']*6 and all(r['failures'] == [] for r in fed.rows)
     return fed
@@ -319,7 +319,7 @@ def test_the_corrections_of_all_clients_sum_to_zero(seed, option, equal, momentu
     parts = np.split(g.permutation(56)[:sum(sizes)], np.cumsum(sizes)[:-1])
     train = training(fresh(Softmax), lambda: [Scaffold(option)], parts=parts, momentum=momentum, stragglers=stragglers)
     start = shared_state(fresh(Softmax))
-    fed = Federation(with_control(start, start), 5, train, rule=ScaffoldAvg(sum(sizes)), per_round=None if everybody else int(g.integers(1, 5)), seed=seed, norm_limit=None)
+    fed = Federation(with_control(start, start), 5, train, rule=ScaffoldAvg(sum(sizes)), sampling=Sampling(None if everybody else int(g.integers(1, 5))), seed=seed, limits=Limits(norm_limit=None))
     for t in range(1, 5):
         fed.round(t)
         for n in start:
