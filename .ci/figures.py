@@ -1,102 +1,88 @@
-"""Figures of the house: how long, how wide and how nested the exported code is, and how much prose stands beside it.
-
-    python .ci/figures.py [CHECKOUT] [--json]
-
-Reads notebooks only, so that it measures any checkout, an older one too."""
-import argparse, ast, json, re, statistics, sys
+"The house in figures: python .ci/figures.py [PATH OF A CHECKOUT]. Needs nothing but Python, and reads older checkouts too."
+import ast, json, re, statistics, sys
 from pathlib import Path
 
-COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 
 
-def cells_of(notebook):
-    "Kind and source of each cell."
-    for cell in json.loads(notebook.read_text(encoding='utf-8'))['cells']: yield cell['cell_type'], ''.join(cell['source'])
+def cells(top):
+    "Every cell of every numbered notebook: (notebook, kind, source, outputs)."
+    for nb in sorted((top/'nbs').glob('[0-9]*.ipynb')):
+        for c in json.loads(nb.read_text())['cells']: yield nb.stem, c['cell_type'], ''.join(c['source']), c.get('outputs', [])
 
 
-def exported(notebook):
-    "Sources of the cells that become the module, without their directives."
-    for kind, source in cells_of(notebook):
-        if kind == 'code' and re.match(r'#\|\s*exports?\b', source): yield re.sub(r'(?m)^#\|.*\n?', '', source).strip('\n')
+def is_exported(source): return bool(re.match(r'\s*#\|\s*exports?\b', source))
 
 
-def rooms(top):
-    "By dotted name of the module: its notebook."
-    found = {}
-    for notebook in sorted((top/'nbs').glob('[0-9]*.ipynb')):
-        for _, source in cells_of(notebook):
-            if name := re.search(r'#\|\s*default_exp\s+(\S+)', source): found[name[1]] = notebook
-    return found
+def code_lines(source):
+    "Lines that are neither empty nor a directive."
+    return [line for line in source.splitlines() if line.strip() and not line.startswith('#|')]
 
 
-def nested(tree):
-    "Comprehensions that hold another one."
-    inside = lambda node: any(isinstance(n, COMPREHENSIONS) for n in ast.walk(node) if n is not node)
-    return [n for n in ast.walk(tree) if isinstance(n, COMPREHENSIONS) and inside(n)]
+def parsed(source):
+    "The tree of a cell; empty for one with notebook magic."
+    try: return ast.parse(source)
+    except SyntaxError: return ast.parse('')
 
 
-def crowded(tree):
-    "Lines on which more than one comprehension or conditional expression begins."
-    starts = [n.lineno for n in ast.walk(tree) if isinstance(n, (*COMPREHENSIONS, ast.IfExp))]
-    return sorted({line for line in starts if starts.count(line) > 1})
+def nested_comprehensions(tree):
+    "How many comprehensions stand within another, or loop twice."
+    return sum(len(n.generators) > 1 or any(isinstance(m, COMPREHENSIONS) for m in ast.walk(n) if m is not n)
+               for n in ast.walk(tree) if isinstance(n, COMPREHENSIONS))
 
 
-def code_length(cell): return sum(bool(line.strip()) for line in cell.splitlines())
+def crowded_lines(tree):
+    "Line numbers on which more than one comprehension or conditional expression begins."
+    at = [n.lineno for n in ast.walk(tree) if isinstance(n, (*COMPREHENSIONS, ast.IfExp))]
+    return sorted({line for line in at if at.count(line) > 1})
 
 
-def settings_of(top):
-    "Names of all settings: annotated fields of `Config`, or of the groups whose names end in Settings."
+def percentile(values, share): return sorted(values)[min(len(values) - 1, int(share*len(values)))] if values else 0
+
+
+def setting_names(top):
+    "The names of all settings: fields that are made by `setting(...)` or `_opt(...)`."
     names = set()
-    for notebook in rooms(top).values():
-        for cell in exported(notebook):
-            for node in ast.walk(ast.parse(cell)):
-                if isinstance(node, ast.ClassDef) and (node.name == 'Config' or node.name.endswith('Settings')):
-                    names |= {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+    for path in sorted((top/'fedsq_nb').rglob('*.py')):
+        found = re.findall(r'^    (\w+)\s*:.*=\s*(?:setting|_opt)\(', path.read_text(), re.M)
+        names |= set(found)
     return names
 
 
-def seen(tree, names):
-    "Settings that a module reads: attributes with a setting's name of what is called c, config or settings."
-    holders = {'c', 'config', 'settings', 'groups', 'network', 'gates', 'federation', 'training', 'methods', 'calibration', 'output', 'run'}
-    found = set()
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or node.attr not in names: continue
-        holder = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, 'attr', '')
-        if holder in holders: found.add(node.attr)
-    return found
+def settings_seen(path, names):
+    "Settings that a module reads as attributes of a configuration or of a group, by the usual names."
+    seen = set()
+    for n in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(n, ast.Attribute) or n.attr not in names: continue
+        owner = ast.unparse(n.value).split('.')
+        if owner[-1] in ('config', 'c', 'f', 't', 'a', 'd', 'wanted') or 'config' in owner: seen.add(n.attr)
+    return seen
 
 
-def measure(top):
-    "All figures of a checkout."
-    cells, lines, lengths, functions, prose, code, config = [], [], {}, [], 0, 0, {}
-    names = settings_of(top)
-    for name, notebook in rooms(top).items():
-        own = list(exported(notebook))
-        tree = ast.parse('\n\n'.join(own))
-        cells += own
-        lines += [line for cell in own for line in cell.splitlines()]
-        lengths[name] = sum(map(code_length, own))
-        functions += [n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and not n.name.startswith('__')]
-        config[name] = len(seen(tree, names))
-        for kind, source in cells_of(notebook):
-            if kind == 'markdown': prose += len(source.split())
-            elif kind == 'code': code += code_length(source)
-    sizes = sorted(map(code_length, cells))
-    trees = [ast.parse(cell) for cell in cells]
-    longest = max(lengths, key=lengths.get)
-    return {'modules': len(lengths), 'longest module': f'{longest}, {lengths[longest]} lines of code', 'lines exported': len(lines),
-            'lines over 120': sum(len(line) > 120 for line in lines), 'lines over 140': sum(len(line) > 140 for line in lines),
-            'nested comprehensions': sum(len(nested(t)) for t in trees), 'crowded lines': sum(len(crowded(t)) for t in trees),
-            'exported cell, median': statistics.median(sizes), 'exported cell, p90': sizes[int(0.9*len(sizes))], 'exported cell, longest': sizes[-1],
-            'words a code line': round(prose / code, 1), 'private functions': f"{100*sum(n.startswith('_') for n in functions) / len(functions):.0f}%",
-            'settings': len(names), 'settings seen': {name: n for name, n in config.items() if n}}
+def figures(top):
+    "All figures of a checkout, by name."
+    modules = sorted(p for p in (top/'fedsq_nb').rglob('*.py') if not p.name.startswith('_'))
+    every = list(cells(top))
+    exported = [source for _, kind, source, _ in every if kind == 'code' and is_exported(source)]
+    lines = [line for source in exported for line in source.splitlines()]
+    sizes = [len(code_lines(source)) for source in exported]
+    words = sum(len(source.split()) for _, kind, source, _ in every if kind == 'markdown')
+    code = sum(len(code_lines(source)) for _, kind, source, _ in every if kind == 'code')
+    functions = [n.name for p in modules for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    named = [n for n in functions if not n.startswith('__')]
+    lengths = {p: len(p.read_text().splitlines()) for p in modules}
+    longest, names = max(lengths, key=lengths.get), setting_names(top)
+    seen = {p.stem: len(settings_seen(p, names)) for p in modules}
+    return {
+        'modules': len(modules), 'longest module': f'{longest.relative_to(top)}, {lengths[longest]} lines',
+        'exported lines': len(lines), 'lines over 120': sum(len(line) > 120 for line in lines),
+        'nested comprehensions': sum(nested_comprehensions(parsed(s)) for s in exported),
+        'lines with two comprehensions or conditions': sum(len(crowded_lines(parsed(s))) for s in exported),
+        'exported cells, median': statistics.median(sizes), 'exported cells, p90': percentile(sizes, 0.9), 'exported cells, max': max(sizes),
+        'words of prose a code line': round(words/code, 1),
+        'private functions': f'{100*sum(n.startswith("_") for n in named)/len(named):.0f}%',
+        'settings': len(names), 'settings seen by': {k: v for k, v in sorted(seen.items(), key=lambda kv: -kv[1]) if v}}
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('checkout', nargs='?', default=Path(__file__).resolve().parent.parent, type=Path)
-    parser.add_argument('--json', action='store_true')
-    args = parser.parse_args()
-    figures = measure(args.checkout)
-    if args.json: print(json.dumps(figures))
-    else: print('\n'.join(f'{name:24} {value}' for name, value in figures.items()))
+    for name, value in figures(Path(sys.argv[1] if len(sys.argv) > 1 else '.').resolve()).items(): print(f'{name:45}{value}')

@@ -258,7 +258,7 @@ def test_free_crops_have_no_cache_and_say_so():
     cache, said = told(dual(), shown(how=Augment(crop=2)))
     assert cache is None and len(said) == 1 and 'computed for each batch' in said[0] and 'random crops' in said[0] and 'views=k' in said[0]
     task = load_task(Config(**RUN | dict(crop=1)))
-    assert any('random crops' in n and 'gate cache: ' in n for n in task.notes), task.notes  # valid and test are shown as they are
+    assert any('random crops' in n and 'gate cache: ' in n for n in map(str, task.notes)), task.notes  # valid and test are shown as they are
     model = DualCopy(task.network(0))
     assert task.gates(model, 'train') is None and task.gates(model, 'valid') is not None and task.gates(model, 'test') is not None
 
@@ -328,7 +328,7 @@ def test_bytes_are_bounded_over_the_three_parts(tmp_path):
             if order[0] == 'train':
                 note = one.storage(dc)
                 assert note.count('are more than the') == note.count('computed for each batch') == 3 - len(kept) and note.startswith('gate cache: ') == bool(kept), note
-    note, = (n for n in load_task(Config(**RUN | dict(max_train=30, cache_bytes=t))).notes if 'each batch' in n)
+    note, = (n for n in map(str, load_task(Config(**RUN | dict(max_train=30, cache_bytes=t))).notes) if 'each batch' in n)
     assert note == limited(t).storage(dc)
 
 @settings(max_examples=12, deadline=None)

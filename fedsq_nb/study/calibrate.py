@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merit', 'next_rate', 'rate_beyond', 'choose_rate', 'trial_seeds', 'has_diverged', 'trial']
 
-# %% ../../nbs/74_study.calibrate.ipynb #6d08b4ab
+# %% ../../nbs/74_study.calibrate.ipynb #fb09296d
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from ..core import InputError, rng
 from ..server.aggregate import any_diverged
 
-# %% ../../nbs/74_study.calibrate.ipynb #28a8471e
+# %% ../../nbs/74_study.calibrate.ipynb #68722a8c
 def merit(
     row: dict, # With `val_accuracy` and `val_loss`; None or absent where it diverged
 ) -> tuple[float, float]: # Rows with a larger one are better
@@ -21,7 +21,7 @@ def merit(
     if row['val_accuracy'] is None: return -1., 0.
     return row['val_accuracy'], -row['val_loss']
 
-# %% ../../nbs/74_study.calibrate.ipynb #d1fd941e
+# %% ../../nbs/74_study.calibrate.ipynb #19c82d10
 def next_rate(
     lr: float, # A learning rate
     step: int, # Half decades to go: 1 up, -1 down
@@ -30,7 +30,7 @@ def next_rate(
     half_decades = round(2*np.log10(lr)) + step
     return float(f'{10**(half_decades/2):.1g}')
 
-# %% ../../nbs/74_study.calibrate.ipynb #cfc82bcd
+# %% ../../nbs/74_study.calibrate.ipynb #de338e7e
 def rate_beyond(
     tried: dict[float, dict], # Rows by rate
     best: float, # The best rate so far
@@ -41,7 +41,7 @@ def rate_beyond(
     if best == high and tried[best]['state'] == 'ok': return next_rate(best, 1)
     return next_rate(low, -1)
 
-# %% ../../nbs/74_study.calibrate.ipynb #13f70399
+# %% ../../nbs/74_study.calibrate.ipynb #e7d27348
 def choose_rate(
     try_rate: Callable[[float], dict], # Rate -> row with `val_accuracy`, `val_loss` and `state`, 'ok' or 'diverged'
     rates: Iterable[float], # Rates to begin with, in any order
@@ -62,7 +62,7 @@ def choose_rate(
         todo, extensions = [beyond], extensions - 1
     return best, [tried[lr] | {'chosen': lr == best} for lr in sorted(tried)]
 
-# %% ../../nbs/74_study.calibrate.ipynb #91d3fcc8
+# %% ../../nbs/74_study.calibrate.ipynb #4606dafb
 def trial_seeds(
     seed: int, # The comparison's first seed
     n: int, # How many to draw
@@ -70,7 +70,7 @@ def trial_seeds(
     "Seeds that only calibrations use."
     return rng(seed, 'calibration').integers(2**31, size=n).tolist()
 
-# %% ../../nbs/74_study.calibrate.ipynb #aeb6deec
+# %% ../../nbs/74_study.calibrate.ipynb #47d5badf
 def has_diverged(
     rows: Sequence[dict], # The rows of one run, in order
 ) -> bool:
@@ -78,7 +78,7 @@ def has_diverged(
     if rows[-1]['state'] != 'ok': return True
     return any(any_diverged(row.get('failures', [])) for row in rows)
 
-# %% ../../nbs/74_study.calibrate.ipynb #3110263c
+# %% ../../nbs/74_study.calibrate.ipynb #58c343eb
 def trial(
     rows_of: Callable[[int], Sequence[dict]], # Seed -> rows of a run, the start being the first
     seeds: Iterable[int], # On which to repeat it; a divergence ends the trial
@@ -89,4 +89,5 @@ def trial(
         rows = rows_of(seed)
         if has_diverged(rows): return dict.fromkeys(names) | {'state': 'diverged'}
         best.append(max(rows[1:], key=merit))
-    return {name: float(np.mean([row[name] for row in best])) for name in names} | {'state': 'ok'}
+    def mean(name): return float(np.mean([row[name] for row in best]))
+    return {name: mean(name) for name in names} | {'state': 'ok'}

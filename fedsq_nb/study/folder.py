@@ -7,7 +7,7 @@ __all__ = ['FILES', 'NEEDED', 'NUMBERS', 'RunFolder', 'holds_run', 'is_begun', '
            'read_rows', 'read_settings', 'chosen_rates', 'read_partition', 'read_calibration', 'check_writable',
            'files_of_run', 'claim', 'check_same_settings']
 
-# %% ../../nbs/75_study.folder.ipynb #caa08886
+# %% ../../nbs/75_study.folder.ipynb #3ab34097
 import dataclasses, errno, json, os, shutil, tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from ..core import InputError, State, atomic_write, save_state
 
-# %% ../../nbs/75_study.folder.ipynb #cacda8b9
+# %% ../../nbs/75_study.folder.ipynb #c810b00a
 FILES = ('config.toml', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html')
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RunFolder:
     @property
     def weights(self) -> Path: return self.path/'weights'
 
-# %% ../../nbs/75_study.folder.ipynb #f2487ab0
+# %% ../../nbs/75_study.folder.ipynb #ab89e7ca
 def holds_run(
     folder: str | os.PathLike, # Any folder
 ) -> bool:
@@ -53,7 +53,7 @@ def is_begun(
     try: return RunFolder(Path(folder)).checkpoints.is_dir()
     except OSError: return True
 
-# %% ../../nbs/75_study.folder.ipynb #43fd2791
+# %% ../../nbs/75_study.folder.ipynb #b4848b61
 def append_row(
     path: Path, # A .jsonl file, made if need be
     row: dict, # Plain values
@@ -61,7 +61,7 @@ def append_row(
     "Append one line of JSON in a single write."
     with open(path, 'ab', buffering=0) as f: f.write(json.dumps(row).encode() + b'\n')
 
-# %% ../../nbs/75_study.folder.ipynb #5c72b1b7
+# %% ../../nbs/75_study.folder.ipynb #e6ab0111
 def read_lines(
     path: Path, # A .jsonl file
 ) -> list[dict]: # Without a last line that was cut short
@@ -72,10 +72,11 @@ def read_lines(
         try: rows.append(json.loads(line))
         except ValueError:
             if i + 1 == len(lines): continue
-            raise InputError(f'{path.name} line {i + 1} is not JSON: the file is damaged, restore it or run again') from None
+            where = f'{path.name} line {i + 1}'
+            raise InputError(f'{where} is not JSON: the file is damaged, restore it or run again') from None
     return rows
 
-# %% ../../nbs/75_study.folder.ipynb #19f97b61
+# %% ../../nbs/75_study.folder.ipynb #817c38b7
 NEEDED = ('method', 'seed', 'round', 'val_accuracy', 'test_accuracy', 'state')
 NUMBERS = ('lr', 'val_accuracy', 'val_loss', 'test_accuracy', 'test_loss', 'train_loss', 'drift',
            'bytes_up', 'bytes_down', 'seconds', 'clients_ok', 'clients_failed')
@@ -83,7 +84,7 @@ NUMBERS = ('lr', 'val_accuracy', 'val_loss', 'test_accuracy', 'test_loss', 'trai
 def tidy_rows(
     rows: pd.DataFrame, # Rows of a run
 ) -> pd.DataFrame: # Methods as they first appear, then by seed and round
-    "`rows` in order and with numbers for numbers. Raises `InputError` when a column that nothing can replace is absent."
+    "`rows` in order, with numbers for numbers. Raises `InputError` when a column that is needed is absent."
     lost = [c for c in NEEDED if c not in rows]
     if lost: raise InputError(f'rows have no {lost[0]!r}: every row needs {", ".join(NEEDED)}')
     rows = rows.reindex(columns=list(dict.fromkeys([*rows, *NUMBERS, 'failures', 'gate_disagreement'])))
@@ -92,7 +93,7 @@ def tidy_rows(
     def by_place(column): return column.map(place) if column.name == 'method' else column
     return rows.sort_values(['method', 'seed', 'round'], key=by_place, ignore_index=True)
 
-# %% ../../nbs/75_study.folder.ipynb #3543e49c
+# %% ../../nbs/75_study.folder.ipynb #05d7c4d8
 def read_rows(
     folder: str | os.PathLike, # A run folder
 ) -> pd.DataFrame: # One row per method, seed and round
@@ -100,10 +101,11 @@ def read_rows(
     path = RunFolder(Path(folder)).rounds
     if not path.is_file(): raise InputError(f'folder {str(folder)!r} has no rounds.jsonl: give the folder of a run')
     rows = [row for row in read_lines(path) if row.get('state') != 'void']
-    if not rows: raise InputError(f'{str(path)!r} holds no complete row: the run stopped before its first one, run it again')
+    if not rows:
+        raise InputError(f'{str(path)!r} holds no complete row: the run stopped before its first one, run it again')
     return tidy_rows(pd.DataFrame(rows))
 
-# %% ../../nbs/75_study.folder.ipynb #1507cb41
+# %% ../../nbs/75_study.folder.ipynb #97c0eba6
 def read_settings(
     folder: str | os.PathLike, # A run folder
 ) -> dict: # As written, tables within; empty when there are none or they cannot be read
@@ -117,7 +119,7 @@ def chosen_rates(
     "The rates that a run has chosen so far."
     return read_settings(folder).get('chosen', {}).get('rates', {})
 
-# %% ../../nbs/75_study.folder.ipynb #1490b574
+# %% ../../nbs/75_study.folder.ipynb #6265578b
 def read_partition(
     folder: str | os.PathLike, # A run folder
 ) -> dict: # `counts` by seed, `classes`, `hash` and `cards`
@@ -134,7 +136,7 @@ def read_calibration(
     path = RunFolder(Path(folder)).calibration
     return read_lines(path) if path.is_file() else []
 
-# %% ../../nbs/75_study.folder.ipynb #2ba958b8
+# %% ../../nbs/75_study.folder.ipynb #26e2ff0a
 def check_writable(
     folder: Path, # It need not exist
 ) -> None:
@@ -150,7 +152,7 @@ def files_of_run(
     "The files that a run left in `folder`, its checkpoints apart."
     return [folder/n for n in FILES if (folder/n).exists()] + sorted((folder/'weights').glob('*.safetensors'))
 
-# %% ../../nbs/75_study.folder.ipynb #b23d4bbf
+# %% ../../nbs/75_study.folder.ipynb #4ec6cca3
 def claim(
     out: str | os.PathLike, # The folder
     overwrite: bool = False, # Remove what an earlier run left there?
@@ -171,14 +173,14 @@ def claim(
         raise InputError(f'out {str(out)!r} cannot be written to: {e.strerror}; give another folder') from None
     return folder
 
-# %% ../../nbs/75_study.folder.ipynb #7755daf2
+# %% ../../nbs/75_study.folder.ipynb #f3c987ca
 @patch
 def begin(self: RunFolder) -> None: # The folder is claimed already
     "Mark the run as begun: `checkpoints` is there for as long as it is not complete."
     shutil.rmtree(self.checkpoints, ignore_errors=True)
     self.checkpoints.mkdir()
 
-# %% ../../nbs/75_study.folder.ipynb #c90b6c27
+# %% ../../nbs/75_study.folder.ipynb #81a3f17b
 @patch
 def write_settings(self: RunFolder,
     settings: dict, # Every setting, as TOML can hold it
@@ -187,7 +189,7 @@ def write_settings(self: RunFolder,
     "Write `config.toml`, whole or not at all."
     atomic_write(self.settings, tomli_w.dumps(settings | {'chosen': {'rates': rates}}))
 
-# %% ../../nbs/75_study.folder.ipynb #048f8a68
+# %% ../../nbs/75_study.folder.ipynb #1f6651f1
 @patch
 def write_partition(self: RunFolder,
     described: dict, # `counts` by seed, `classes`, `hash` and `cards`
@@ -195,7 +197,7 @@ def write_partition(self: RunFolder,
     "Write `partition.json`, whole or not at all."
     atomic_write(self.partition, json.dumps(described))
 
-# %% ../../nbs/75_study.folder.ipynb #0611530b
+# %% ../../nbs/75_study.folder.ipynb #a5c36a24
 @patch
 def write_weights(self: RunFolder,
     method: str, # The method's name
@@ -206,7 +208,7 @@ def write_weights(self: RunFolder,
     self.weights.mkdir(exist_ok=True)
     save_state(self.weights/f'{method}-{seed}.safetensors', state)
 
-# %% ../../nbs/75_study.folder.ipynb #7ae0eebc
+# %% ../../nbs/75_study.folder.ipynb #1fa02cea
 @patch
 def checkpoints_of(self: RunFolder,
     method: str, # The method's name
@@ -215,13 +217,13 @@ def checkpoints_of(self: RunFolder,
     "Where one run keeps its checkpoints."
     return self.checkpoints/f'{method}-{seed}'
 
-# %% ../../nbs/75_study.folder.ipynb #5cf90043
+# %% ../../nbs/75_study.folder.ipynb #af679aaf
 @patch
 def finish(self: RunFolder) -> None: # All rows and weights are written
     "Mark the run as complete."
     shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-# %% ../../nbs/75_study.folder.ipynb #ba825bfc
+# %% ../../nbs/75_study.folder.ipynb #13542815
 def check_same_settings(
     folder: str | os.PathLike, # The folder of a run that was stopped
     then: dict, # The run's settings, by name
@@ -232,9 +234,10 @@ def check_same_settings(
         raise InputError(f'resume: the run in {str(folder)!r} is complete; "fedsq report" makes its page again')
     differ = [f'{k} was {then.get(k)!r} and is {now[k]!r}' for k in now if now[k] != then.get(k)]
     if not differ: return
-    raise InputError(f'resume: the run in {str(folder)!r} has other settings: {"; ".join(differ)}; give the same, or another folder')
+    where, what = f'the run in {str(folder)!r}', '; '.join(differ)
+    raise InputError(f'resume: {where} has other settings: {what}; give the same, or another folder')
 
-# %% ../../nbs/75_study.folder.ipynb #9dd9e8ea
+# %% ../../nbs/75_study.folder.ipynb #15fd4f23
 @patch
 def remove_half_written(self: RunFolder) -> None: # Nobody may be writing
     "Remove what was being written when the run was killed."
@@ -242,9 +245,9 @@ def remove_half_written(self: RunFolder) -> None: # Nobody may be writing
         place = self.path/name
         for half in place.parent.glob(f'.{place.name}.*'): half.unlink(missing_ok=True)
 
-# %% ../../nbs/75_study.folder.ipynb #ed9796cb
+# %% ../../nbs/75_study.folder.ipynb #8d824361
 @patch
-def rewind(self: RunFolder) -> tuple[dict[str, float], list[dict]]: # Rates chosen so far, and the rows of their calibration
+def rewind(self: RunFolder) -> tuple[dict[str, float], list[dict]]: # Rates chosen, rows of their calibration
     "Get the folder of a stopped run ready to go on."
     rates = chosen_rates(self.path)
     tried = [row for row in read_calibration(self.path) if row['method'] in rates]

@@ -6,7 +6,7 @@
 __all__ = ['measure', 'gate_probe', 'load_global', 'state_measure', 'class_accuracy', 'in_mixture', 'mean_and_worst', 'own_state',
            'client_accuracies', 'gap_meter', 'gated_twin', 'weights_of', 'answer', 'root_mean_square']
 
-# %% ../../nbs/72_study.measure.ipynb #85b1fc22
+# %% ../../nbs/72_study.measure.ipynb #3f002478
 import math
 from collections.abc import Callable, Sequence
 
@@ -22,7 +22,7 @@ from ..gating.graph import gate_function
 from ..gating.gates import disagreement
 from ..server.aggregate import averaging_gap
 
-# %% ../../nbs/72_study.measure.ipynb #df62578a
+# %% ../../nbs/72_study.measure.ipynb #c3ba613a
 def measure(
     model: nn.Module, # A plain network or a `DualCopy`
     valid: Batches, # Images that choose
@@ -35,7 +35,7 @@ def measure(
     accuracy, loss = evaluate(model, test)
     return row | {'test_accuracy': accuracy, 'test_loss': loss}
 
-# %% ../../nbs/72_study.measure.ipynb #bbd3a5f1
+# %% ../../nbs/72_study.measure.ipynb #2cab70e2
 def gate_probe(
     model: nn.Module, # A plain network or a `DualCopy`, at the start of its run
     x: Tensor, # Probe images (b, c, h, w)
@@ -45,11 +45,11 @@ def gate_probe(
         fixed = model.gates(x)
         return lambda: disagreement(fixed, model.eval().own_gates(x, fixed))
     try: gates = gate_function(model.eval())
-    except InputError: return lambda: {}  # without rules for its gates it can be trained all the same, though not by FedSQ
+    except InputError: return dict  # without rules for its gates it can be trained, though not by FedSQ
     start = gates(model, x)
     return lambda: disagreement(start, gates(model.eval(), x))
 
-# %% ../../nbs/72_study.measure.ipynb #cb9c07ab
+# %% ../../nbs/72_study.measure.ipynb #c4c549bd
 def load_global(
     model: nn.Module, # A plain network or a `DualCopy`; its tensors are overwritten
     state: State, # The global tensors that travel
@@ -59,7 +59,7 @@ def load_global(
     trained_copy(model).load_state_dict(kept | state, strict=False)
     return model
 
-# %% ../../nbs/72_study.measure.ipynb #083058ba
+# %% ../../nbs/72_study.measure.ipynb #c313f4a3
 def state_measure(
     model: nn.Module, # A plain network or a `DualCopy`, at the start of its run
     valid: Batches, # Images that choose
@@ -76,7 +76,7 @@ def state_measure(
         return row if test is None else row | {'weights': state_hash(state)}
     return of_state
 
-# %% ../../nbs/72_study.measure.ipynb #2c9c3102
+# %% ../../nbs/72_study.measure.ipynb #c1987355
 @torch.no_grad()
 def class_accuracy(
     model: nn.Module, # A plain network or a `DualCopy`
@@ -92,7 +92,7 @@ def class_accuracy(
         n += np.bincount(y.cpu().numpy(), minlength=n_classes)
     return np.divide(right, n, out=np.full(n_classes, np.nan), where=n > 0)
 
-# %% ../../nbs/72_study.measure.ipynb #7de267d5
+# %% ../../nbs/72_study.measure.ipynb #dbec81fa
 def in_mixture(
     by_class: np.ndarray, # Accuracy of each class; NaN where unknown (classes,)
     counts: np.ndarray, # Images of each class that a client has (classes,)
@@ -101,7 +101,7 @@ def in_mixture(
     known = np.isfinite(by_class) & (counts > 0)
     return float(np.average(by_class[known], weights=counts[known])) if known.any() else math.nan
 
-# %% ../../nbs/72_study.measure.ipynb #46745097
+# %% ../../nbs/72_study.measure.ipynb #84b0f8b5
 def mean_and_worst(
     values: Sequence[float], # One a client; NaN where nothing is known
 ) -> tuple[float, float]: # Mean, and mean of the worst tenth (at least one); NaN when nothing is known
@@ -110,7 +110,7 @@ def mean_and_worst(
     if not len(known): return math.nan, math.nan
     return float(known.mean()), float(known[:max(1, len(known)//10)].mean())
 
-# %% ../../nbs/72_study.measure.ipynb #801da26a
+# %% ../../nbs/72_study.measure.ipynb #5c7e09c2
 def own_state(
     update: Update, # What a client sent
 ) -> State: # By name
@@ -118,7 +118,7 @@ def own_state(
     kept = {n.removeprefix('home/'): t for n, t in update.client_state.items() if n.startswith('home/')}
     return update.state | kept
 
-# %% ../../nbs/72_study.measure.ipynb #ae19d460
+# %% ../../nbs/72_study.measure.ipynb #9f15d767
 def client_accuracies(
     model: nn.Module, # A plain network or a `DualCopy`; its tensors are overwritten
     batches: Batches, # Images to judge on
@@ -135,13 +135,13 @@ def client_accuracies(
         return dict(zip(names, mean_and_worst(alone) + mean_and_worst(together)))
     return inspect
 
-# %% ../../nbs/72_study.measure.ipynb #63a469d4
+# %% ../../nbs/72_study.measure.ipynb #c3f74b74
 def gap_meter(
     model: nn.Module, # A plain network or a `DualCopy`; its tensors are overwritten
     x: Tensor, # Probe images (b, c, h, w)
     kept: State = {}, # Tensors that do not travel, as the global model has them
-) -> Callable[[State, list[Update], State], dict]: # (before, updates, after) -> `gap`, `gap_crossing`: root mean squares over outputs
-    "The averaging gap, and the part of it that is gates that flip (None where nobody knows the gates)."
+) -> Callable[[State, list[Update], State], dict]: # (before, updates, after) -> `gap`, `gap_crossing`
+    "Root mean squares over outputs: the averaging gap, and its part from gates that flip (None: gates unknown)."
     frozen = gated_twin(model)
     def inspect(before, updates, after):
         states, weights = weights_of(updates), [u.weight for u in updates]
@@ -154,7 +154,7 @@ def gap_meter(
         return {'gap': root_mean_square(free), 'gap_crossing': root_mean_square(free - held)}
     return inspect
 
-# %% ../../nbs/72_study.measure.ipynb #275f7fd3
+# %% ../../nbs/72_study.measure.ipynb #7cdcab97
 def gated_twin(
     model: nn.Module, # A plain network or a `DualCopy`
 ) -> DualCopy | None: # `model` itself when it is a `DualCopy`; None when its gates are unknown
@@ -167,9 +167,12 @@ def weights_of(
     updates: Sequence[Update], # What clients sent
 ) -> list[State]: # Their weights, without control variates
     "The tensors of each update that belong to the network."
-    return [{n: t for n, t in u.state.items() if not n.startswith('control/')} for u in updates]
+    states = []
+    for update in updates:
+        states.append({n: t for n, t in update.state.items() if not n.startswith('control/')})
+    return states
 
-# %% ../../nbs/72_study.measure.ipynb #cafa23fe
+# %% ../../nbs/72_study.measure.ipynb #2594fd39
 def answer(
     model: nn.Module, # A plain network or a `DualCopy`; its tensors are overwritten
     state: State, # A global state
