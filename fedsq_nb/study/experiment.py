@@ -31,7 +31,7 @@ from ..engine.federate import Diverged, Federation, RoundVoid
 from ..gating.cache import GateCache, gate_cache
 from ..gating.dualcopy import DualCopy
 from ..server.aggregate import FedAvg
-from ..server.control import with_control
+from ..server.optimizers import with_control
 from .calibrate import choose_rate, next_rate, trial, trial_seeds
 from .config import Config, fixed_rates, read_toml, run_settings, settings_for
 from .folder import RunFolder, append_row, check_same_settings, claim, holds_run
