@@ -27,7 +27,7 @@ from ..core import InputError, State, serialised_bytes, state_hash
 from ..data.images import Augment, Batches, Splits
 from ..data.partition import class_counts
 from ..engine.execute import Processes, serial
-from ..engine.federate import Diverged, Federation, RoundVoid
+from ..engine.federate import Diverged, Federation, Limits, Renewal, RoundVoid, Sampling
 from ..gating.cache import GateCache, gate_cache
 from ..gating.dualcopy import DualCopy
 from ..server.aggregate import FedAvg
@@ -53,7 +53,7 @@ class Participants:
     def state(self) -> State: # The tensors that travel, as they are now
         return {n: t for n, t in shared_state(self.model).items() if n not in set(self.train.at_home)}
 
-# %% ../../nbs/76_study.experiment.ipynb #daaaf4a8
+# %% ../../nbs/76_study.experiment.ipynb #9d6780dd
 def with_error(code: Callable) -> Callable:
     "An encoder that adds the error it made in a client's last round."
     return lambda state, before, error: code(state, before, error=error)
@@ -67,7 +67,7 @@ def shown(
     "Batches in a network's format."
     return Batches(data, size=form.size, channels=form.channels, mean=form.mean, std=form.std, gates=gates, **settings)
 
-# %% ../../nbs/76_study.experiment.ipynb #b1ec5738
+# %% ../../nbs/76_study.experiment.ipynb #a4151d49
 def make_participants(
     model: nn.Module, # A plain network or a `DualCopy`, on `device`
     splits: Splits, # Images: training, validation, test
@@ -100,13 +100,13 @@ def make_participants(
     measure = state_measure(model, valid, tested, probe=x if test else None, kept=train.first)
     return Participants(model, train, measure, inspect, compress)
 
-# %% ../../nbs/76_study.experiment.ipynb #17a78ecd
+# %% ../../nbs/76_study.experiment.ipynb #7b215ee4
 def make_federation(
     participants: Participants, # The client's side
     *,
     rule: Any, # Has `step(global_state, updates) -> global_state`
     control: bool = False, # Do control variates travel with the weights?
-    **settings, # More for `Federation`: seed, per_round, sizes, limits, refresh, renew
+    **settings, # More for `Federation`: seed, sampling, limits, renewal
 ) -> Federation: # Ready for `fit`
     "Put a server rule around participants."
     p, state = participants, participants.state
@@ -115,9 +115,9 @@ def make_federation(
         state = with_control(state, [n for n in state if own[n].requires_grad])
     if p.compress: settings['decode'] = functools.partial(decode, kind=parse_kind(p.compress))
     return Federation(state, len(p.train.parts), p.train, measure=p.measure, inspect=p.inspect, rule=rule,
-                      once_bytes=serialised_bytes(constant_state(p.model)), **settings)
+                      first_contact_bytes=serialised_bytes(constant_state(p.model)), **settings)
 
-# %% ../../nbs/76_study.experiment.ipynb #1b988182
+# %% ../../nbs/76_study.experiment.ipynb #6090f68d
 def federation(
     model: nn.Module, # A plain network or a `DualCopy`; its tensors are overwritten
     splits: Splits, # Your images: training, validation, test
@@ -132,7 +132,7 @@ def federation(
     batch_size: int = 32, # Images a step
     seed: int = 0, # The run's seed
     say: Callable[[str], None] = print, # Told which gates are stored, or why not
-    engine: dict = {}, # More for `Federation`, as {'per_round': 5}
+    engine: dict = {}, # More for `Federation`, as {'sampling': Sampling(5)}
     **settings, # More for `make_participants` and `LocalTraining`: epochs, callbacks, at_home, compress
 ) -> Federation: # Call `fit(rounds)`
     "A federation of your own data and network, without any configuration."
@@ -142,7 +142,7 @@ def federation(
     p = make_participants(model, splits, parts, form, **settings)
     return make_federation(p, rule=rule or FedAvg(), control=control, seed=seed, **engine)
 
-# %% ../../nbs/76_study.experiment.ipynb #b0488ffc
+# %% ../../nbs/76_study.experiment.ipynb #24027926
 def store_all(
     model: DualCopy, # The network
     splits: Splits, # Images
@@ -159,7 +159,7 @@ def store_all(
         stored[part] = gate_cache(model, shown(getattr(splits, part), form, batch_size=256), announce=False)
     return stored
 
-# %% ../../nbs/76_study.experiment.ipynb #4ecd3458
+# %% ../../nbs/76_study.experiment.ipynb #f5fb1d1f
 def participants_of(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`, or several joined by +
@@ -212,7 +212,7 @@ def run(
     c, parts = task.config, task.parts(seed) if parts is None else parts
     with cpu_threads(c.threads):
         fed = federation_of(task, method, seed, lr, parts, test, say)
-        fed.on_row = lambda row: on_row({'method': method, 'seed': seed, 'lr': lr, **row})
+        fed.listeners.on_row = lambda row: on_row({'method': method, 'seed': seed, 'lr': lr, **row})
         if checkpoints: keep_checkpoints(fed, checkpoints, [run_settings(c), method, seed, lr], c.checkpoint_every, say)
         with executor(c.workers, c.device, c.client_seconds) as fed.execute:
             try: fed.fit((rounds or c.rounds) - max(len(fed.rows) - 1, 0))
@@ -242,11 +242,12 @@ def federation_of(
     if f.sampling == 'size': drawn['sizes'] = sizes
     limits = dict(norm_limit=f.norm_limit or None, weight_limit=f.weight_limit or None,
                   min_clients=min(f.min_clients, len(parts)))
-    renewal = dict(refresh=c.refresh, renew=renew) if isinstance(p.model, DualCopy) else {}
+    refresh = c.refresh if isinstance(p.model, DualCopy) else 0
     rule = m.around(context, m.rule(context))
-    return make_federation(p, rule=rule, control=m.control, seed=seed, **drawn, **limits, **renewal)
+    return make_federation(p, rule=rule, control=m.control, seed=seed, sampling=Sampling(**drawn),
+                           limits=Limits(**limits), renewal=Renewal(refresh, renew))
 
-# %% ../../nbs/76_study.experiment.ipynb #9ff336f4
+# %% ../../nbs/76_study.experiment.ipynb #b6e9bbb7
 def executor(
     workers: int, # Processes that train clients; 1: this one
     device: str, # Where to compute
@@ -267,8 +268,8 @@ def keep_checkpoints(
     "Go on where the newest checkpoint stands, and write one after every so many rounds."
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     if fed.restore(folder, key, say):
-        for row in fed.rows: fed.on_row(row)
-    fed.on_round = lambda: fed.save(folder, key) if (len(fed.rows) - 1) % every == 0 else None
+        for row in fed.rows: fed.listeners.on_row(row)
+    fed.listeners.on_round = lambda: fed.save(folder, key) if (len(fed.rows) - 1) % every == 0 else None
 
 # %% ../../nbs/76_study.experiment.ipynb #d441327b
 def try_rate(
@@ -304,7 +305,7 @@ class Comparison:
     weights: dict[tuple[str, int], State] # Final state by method and seed; empty when they were written to the folder
     folder: Path | None # Where everything was written, if anywhere
 
-# %% ../../nbs/76_study.experiment.ipynb #93c0b094
+# %% ../../nbs/76_study.experiment.ipynb #57834a8f
 @patch
 def last_rows(self: Comparison) -> pd.DataFrame: # Means over seeds, one line a method, in the order they ran
     "What each method ended with."
@@ -312,7 +313,7 @@ def last_rows(self: Comparison) -> pd.DataFrame: # Means over seeds, one line a 
     columns = ['lr', 'val_accuracy', 'test_accuracy']
     return last.groupby('method', sort=False)[columns].mean().assign(seeds=last.groupby('method').seed.nunique())
 
-# %% ../../nbs/76_study.experiment.ipynb #fdb81c6b
+# %% ../../nbs/76_study.experiment.ipynb #a2221f89
 @patch
 def what_next(self: Comparison) -> str:
     "What can be done with it now."
@@ -320,7 +321,7 @@ def what_next(self: Comparison) -> str:
     if self.folder: return f'{tables}. Page: report({str(self.folder)!r}) of fedsq_nb.study.report.'
     return f'{tables}, final weights: .weights. Give out=FOLDER to keep all of it and to write a report.'
 
-# %% ../../nbs/76_study.experiment.ipynb #1c8397da
+# %% ../../nbs/76_study.experiment.ipynb #2b75e857
 @patch
 def _repr_html_(self: Comparison) -> str:
     "As a notebook shows it: a table, and what comes next."
@@ -349,7 +350,7 @@ def compare(
         if folder: folder.finish()
     return Comparison(task.config, rates, pd.DataFrame(rows), pd.DataFrame(tried), weights, folder and folder.path)
 
-# %% ../../nbs/76_study.experiment.ipynb #ac618137
+# %% ../../nbs/76_study.experiment.ipynb #d02a363e
 def settings_to_write(
     config: Config, # Settings
 ) -> dict: # By name, without those that say how to open a folder
