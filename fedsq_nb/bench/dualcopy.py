@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..client.backbones import backbone, check_size, image_format
 from ..gating.cache import GateCache, gate_cache, plan
 from ..core import InputError, seeded
-from ..data.images import Batches, ImageSet
+from ..data.batches import Batches
+from ..data.images import ImageSet
 from ..gating.dualcopy import DualCopy
 
 # %% ../../nbs/82_bench.dualcopy.ipynb #41b05e07
@@ -119,8 +120,8 @@ def bench_net(
     form = image_format(name)._replace(size=size)
     net = backbone(name, 10, weights=weights, head='light', say=lambda note: None).to(device)
     check_size(net, name, size, form.channels)
-    batches = Batches(_images(4*batch_size, form.channels, size, device), batch_size=batch_size, size=size, channels=form.channels,
-                      mean=form.mean, std=form.std, device=device)
+    batches = Batches(_images(4*batch_size, form.channels, size, device), form._replace(size=size), batch_size=batch_size,
+                      device=device)
     wait, rows = torch.cuda.synchronize if device.startswith('cuda') else lambda: None, []
     for order in (torch.contiguous_format, torch.channels_last):
         jobs, cache = jobs_of(net, batches, order)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import InputError, check_name, state_hash
-from ..data.images import Batches
+from ..data.batches import Batches
 from .dualcopy import DualCopy
 from .gates import Gates, Slot, pack, row_bytes, slots_of, unpack
 

@@ -20,10 +20,13 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..server.aggregate import averaging_gap
-from ..client.backbones import Format, backbone, check_size, image_format
+from ..client.backbones import backbone, check_size, image_format
+from ..data.images import Format
 from ..core import InputError, State, Update, atomic_write, check_name, pick_device, rng, save_state, serialised_bytes, state_hash
 from ..gating.cache import GateCache, cache_key, gate_cache, plan, verdict
-from ..data.images import Augment, Batches, Splits, load_data
+from ..data.batches import Augment, Batches
+from ..data.images import Splits
+from ..data.sources import load_data
 from ..gating.dualcopy import OPTIONS, DualCopy, gate_function
 from ..server.control import with_control
 from ..engine.execute import Processes, serial
@@ -34,7 +37,8 @@ from .config import Config, coerce, fixed_rates, read_toml, run_settings
 from .methods import METHODS, Method, ServerContext, gated, method_of
 from ..server.privacy import epsilon
 from ..client.compression import decode, encode, parse_kind
-from ..data.partition import card, class_counts, dirichlet, iid, label_skew, niid_bench, partition_hash, quantity_skew, shards
+from ..data.niid_bench import niid_bench
+from ..data.partition import card, class_counts, dirichlet, iid, label_skew, partition_hash, quantity_skew, shards
 from ..data.skew import KINDS, feature_skew
 
 # %% ../../nbs/76_study.experiment.ipynb #615445fe
@@ -88,8 +92,8 @@ class Task:
 
     def batches(self, what: str, gates: GateCache | None = None) -> Batches: # Images of 'train', 'valid' or 'test', in order
         vary = {'augment': self.augment, 'draws': rng(0)} if what == 'train' and self.augment else {}
-        return Batches(getattr(self.splits, what), batch_size=self.config.batch_size if what == 'train' else 256, size=self.form.size,
-                       channels=self.form.channels, mean=self.form.mean, std=self.form.std, gates=gates, device=self.config.device, **vary)
+        return Batches(getattr(self.splits, what), self.form, batch_size=self.config.batch_size if what == 'train' else 256,
+                       stored_gates=gates, device=self.config.device, **vary)
 
 # %% ../../nbs/76_study.experiment.ipynb #1962f69d
 @patch
