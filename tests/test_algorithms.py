@@ -13,11 +13,12 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from fedsq_nb.server.aggregate import FedAvg
-from fedsq_nb.client.backbones import Format
+from fedsq_nb.data.images import Format
 from fedsq_nb.client.algorithms import FedDyn, Margins, Moon, Scaffold, contrast, gradient_count, head_only, margins, norm_names
 from fedsq_nb.server.optimizers import FedDynAvg, ScaffoldAvg, with_control
 from fedsq_nb.core import InputError, copy_state, rng, seeded, state_hash
-from fedsq_nb.data.images import Augment, from_arrays
+from fedsq_nb.data.batches import Augment
+from fedsq_nb.data.images import from_arrays
 from fedsq_nb.engine.execute import Processes, serial
 from fedsq_nb.engine.federate import Federation, Limits, Sampling, sample_clients
 from fedsq_nb.client.learner import FedProx, LocalLearner, LocalLoss, LocalSGD, LocalTraining, TrainMode, evaluate, shared_state

@@ -11,18 +11,21 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from fedsq_nb.gating import cache as C
-from fedsq_nb.client.backbones import Format
+from fedsq_nb.data.images import Format
 from fedsq_nb.gating.cache import GateCache, cache_key, gate_cache, plan, verdict
 from fedsq_nb.core import InputError, copy_state, rng, seeded, state_hash
-from fedsq_nb.data.images import Augment, Batches, ImageSet, from_arrays, printed
+from fedsq_nb.data.batches import Augment, Batches
+from fedsq_nb.data.example import printed
+from fedsq_nb.data.images import ImageSet, from_arrays
 from fedsq_nb.gating.dualcopy import DualCopy
 from fedsq_nb.study.config import Config
-from fedsq_nb.study.experiment import load_task, run
+from fedsq_nb.study.task import load_task
+from fedsq_nb.study.experiment import run
 from fedsq_nb.client.learner import LocalTraining, shared_state
 
 N, BS, FORM, gen = 50, 16, Format(3, (.5, .4, .3), (.25, .3, .2), 8), rng(0, 'test', 'cache')
 DATA = from_arrays(gen.integers(0, 256, (N, 8, 8, 3), dtype='uint8'), gen.integers(0, 3, N), ['a', 'b', 'c'])
-SHOW = dict(batch_size=BS, size=8, channels=3, mean=FORM.mean, std=FORM.std)
+SHOW = dict(form=FORM, batch_size=BS)
 WAYS = {'as they are': None, 'flips': Augment(flip=True), 'views': Augment(flip=True, crop=2, views=3, seed=1)}
 
 # ---- small networks of every kind
@@ -280,7 +283,7 @@ def bits_needed(model, x):
 @pytest.mark.parametrize('name, size', [('resnet18', 32), ('mobilenet_v2', 64), ('mobilenet_v3_small', 48), ('squeezenet1_1', 64)])
 def test_a_picture_takes_the_bits_of_its_gates(name, size):
     with seeded(0, name): model = torchvision.models.get_model(name, weights=None, num_classes=10)
-    batches = Batches(printed(3, size=size, channels=3), size=size, channels=3, mean=.5, std=.25)
+    batches = Batches(printed(3, size=size, channels=3), Format(3, .5, .25, size))
     p, bits = plan(DualCopy(model), batches), bits_needed(model, batches.show(torch.arange(1)))
     assert bits <= 8*p.row <= 1.05*bits
     assert p.total == 3*p.row and f'{p.row:,} bytes a picture' in str(p)

@@ -10,7 +10,7 @@ import torchvision
 from PIL import Image
 
 from fedsq_nb import __version__
-from fedsq_nb.client.backbones import ResCNN
+from fedsq_nb.data.example import ResCNN
 from fedsq_nb.cli import main
 from fedsq_nb.study.config import SETTINGS, Config, read_toml
 

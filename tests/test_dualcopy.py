@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from fedsq_nb.client.backbones import ResCNN, backbone, freeze_statistics
+from fedsq_nb.client.backbones import backbone, freeze_statistics
+from fedsq_nb.data.example import ResCNN
 from fedsq_nb.core import InputError, load_state, save_state, seeded, state_hash
 from fedsq_nb.gating.dualcopy import DualCopy
 from fedsq_nb.gating.graph import gate_function, trace

@@ -11,7 +11,8 @@ from fedsq_nb.server.aggregate import weighted_mean
 from fedsq_nb.cli import main
 from fedsq_nb.core import InputError, Update, copy_state, rng, save_state, state_hash
 from fedsq_nb.study.config import Config, read_toml
-from fedsq_nb.study.experiment import compare, load_task, run
+from fedsq_nb.study.experiment import compare, run
+from fedsq_nb.study.task import load_task
 from fedsq_nb.study.methods import METHODS
 from fedsq_nb.engine.execute import Processes, serial
 from fedsq_nb.engine.federate import Federation, Limits, RoundVoid, Sampling

@@ -8,7 +8,8 @@ import torch
 
 from fedsq_nb.core import InputError, Update, copy_state, norm, rng, state_hash, sub
 from fedsq_nb.study.config import Config
-from fedsq_nb.study.experiment import compare, load_task, run
+from fedsq_nb.study.experiment import compare, run
+from fedsq_nb.study.task import load_task
 from fedsq_nb.engine.federate import Diverged, Federation, Limits, RoundVoid
 from fedsq_nb.study.methods import METHODS, ServerContext, method_of
 

@@ -7,7 +7,8 @@ from torch import nn
 from fedsq_nb.client.algorithms import Scaffold, norm_names
 from fedsq_nb.client.learner import FedProx
 from fedsq_nb.core import rng, state_hash
-from fedsq_nb.data.images import Augment, Splits, from_arrays, split
+from fedsq_nb.data.batches import Augment
+from fedsq_nb.data.images import Splits, from_arrays, split
 from fedsq_nb.gating.dualcopy import DualCopy
 from fedsq_nb.server.aggregate import FedAvg
 from fedsq_nb.study.config import Config

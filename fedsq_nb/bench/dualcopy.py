@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..client.backbones import backbone, check_size, image_format
 from ..gating.cache import GateCache, gate_cache, plan
 from ..core import InputError, seeded
-from ..data.images import Batches, ImageSet
+from ..data.batches import Batches
+from ..data.images import ImageSet
 from ..gating.dualcopy import DualCopy
 
 # %% ../../nbs/82_bench.dualcopy.ipynb #41b05e07
@@ -146,8 +147,7 @@ def bench_net(
     net = backbone(name, 10, weights=weights, head='light', say=lambda note: None).to(device)
     check_size(net, name, size, form.channels)
     images = noise_images(4*batch_size, form.channels, size, device)
-    batches = Batches(images, batch_size=batch_size, size=size, channels=form.channels,
-                      mean=form.mean, std=form.std, device=device)
+    batches = Batches(images, form, batch_size=batch_size, device=device)
     wait = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
     rows = []
     for order in (torch.contiguous_format, torch.channels_last):

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..server.aggregate import FedAvg, client_drift, screen_updates
-from ..client.backbones import Format, backbone
+from ..data.images import Format
+from ..client.backbones import backbone
 from .dualcopy import machine, ratio, take_turns
 from ..core import InputError, State, Update, check_name, copy_state, rng, seeded, state_hash
-from ..data.images import ImageSet, batch_bounds
+from ..data.batches import batch_bounds
+from ..data.images import ImageSet
 from ..engine.execute import Processes, serial
 from ..engine.federate import Federation, Sampling, sample_clients
 from ..client.learner import LocalTraining, shared_state

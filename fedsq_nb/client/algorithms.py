@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from .backbones import head_name
 from ..core import InputError, State, check_name
-from ..data.images import Batches
+from ..data.batches import Batches
 from .learner import Callback, LocalLearner, shared_state, trained_copy
 
 # %% ../../nbs/44_client.algorithms.ipynb #1ef77ce0

@@ -26,9 +26,11 @@ with warnings.catch_warnings():
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
 
-from .backbones import FROZEN_KINDS, Format
+from .backbones import FROZEN_KINDS
+from ..data.images import Format
 from ..core import InputError, State, Update, check_name, copy_state, rng, seeded
-from ..data.images import Augment, Batches, ImageSet
+from ..data.batches import Augment, Batches
+from ..data.images import ImageSet
 from ..gating.dualcopy import DualCopy
 
 # %% ../../nbs/42_client.learner.ipynb #74706eb9
@@ -237,8 +239,8 @@ def batches(self: LocalTraining,
     round: int, # Which round
 ) -> Batches: # The client's images in the order of that round
     "What a client trains on."
-    return Batches(self.data, self.parts[client], batch_size=self.batch_size, size=self.form.size, channels=self.form.channels, mean=self.form.mean,
-                   std=self.form.std, shuffle=self._stream(round, client, 'order'), augment=self.augment, gates=self.gates, device=self.device,
+    return Batches(self.data, self.form, self.parts[client], batch_size=self.batch_size, device=self.device,
+                   shuffle=self._stream(round, client, 'order'), augment=self.augment, stored_gates=self.gates,
                    draws=self._stream(round, client, 'augment') if self.augment else None)
 
 @patch

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import InputError, check_name, state_hash
-from ..data.images import Batches
+from ..data.batches import Batches
 from .dualcopy import DualCopy
 from .gates import Gates, is_channels_last
 

@@ -126,13 +126,18 @@ def epsilon(
     rounds: int, # How many rounds are played
     participation: float, # Share of the clients in a round, above 0; 1 for all
     delta: float, # Well below one over the number of clients
+    accountant: str = 'rdp', # 'rdp': Renyi privacy (Mironov 2017); 'pld': privacy loss distributions, which is tighter
 ) -> float: # Infinite without noise
-    "What a training promises to every client. Raises `InputError` for settings that make no sense, or when the accountant is not installed."
+    "What a training promises to every client. Raises `InputError` for settings without sense or a library not installed."
     _real('noise_multiplier', noise_multiplier, 0)
     _check(rounds, participation, delta)
-    both = [_training(noise_multiplier, rounds, share) for share in {participation, 1.}]  # chance can only hide a client: taking part always is the upper bound
+    check_name(accountant, ['rdp', 'pld'], 'accountant')
+    dp = _library()
+    make = {'rdp': dp.rdp.RdpAccountant, 'pld': dp.pld.PLDAccountant}[accountant]
+    # Chance can only hide a client, so a training in which it takes part always is an upper bound.
+    both = [_training(noise_multiplier, rounds, share) for share in {participation, 1.}]
     if not noise_multiplier: return math.inf
-    with _quietly(): return min(float(_library().rdp.RdpAccountant().compose(training).get_epsilon(delta)) for training in both)
+    with _quietly(): return min(float(make().compose(training).get_epsilon(delta)) for training in both)
 
 def noise_for(
     epsilon: float, # The promise wanted, above 0

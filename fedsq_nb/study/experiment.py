@@ -20,11 +20,12 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..client.backbones import Format
+from ..data.images import Format
 from ..client.compression import decode, encode, parse_kind
 from ..client.learner import FedProx, LocalTraining, constant_state, shared_state, trained_copy
 from ..core import InputError, State, serialised_bytes, state_hash
-from ..data.images import Augment, Batches, Splits
+from ..data.batches import Augment, Batches
+from ..data.images import Splits
 from ..data.partition import class_counts
 from ..engine.execute import Processes, serial
 from ..engine.federate import Diverged, Federation, Limits, Renewal, RoundVoid, Sampling
@@ -65,7 +66,7 @@ def shown(
     **settings, # More for `Batches`
 ) -> Batches: # In order
     "Batches in a network's format."
-    return Batches(data, size=form.size, channels=form.channels, mean=form.mean, std=form.std, gates=gates, **settings)
+    return Batches(data, form, stored_gates=gates, **settings)
 
 # %% ../../nbs/76_study.experiment.ipynb #a4151d49
 def make_participants(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..client.learner import evaluate, trained_copy
 from ..core import InputError, State, Update, state_hash
-from ..data.images import Batches
+from ..data.batches import Batches
 from ..gating.dualcopy import DualCopy
 from ..gating.graph import gate_function
 from ..gating.gates import disagreement

@@ -185,6 +185,7 @@ class FederationSettings(Settings):
         2, 'Partition label_skew: classes of each client; shards: shards of each client', at_least=1)
     shard_size: int = setting(
         0, 'Partition shards: images in a shard; 0: as large as the number of shards makes them', at_least=0)
+    sigma: float = setting(1., "Partition lognormal: standard deviation of the sizes' logarithms; 0: even", at_least=0)
     power: float = setting(
         0., 'Partition quantity_skew: sizes fall with this power of the rank; 0: they are Dirichlet with alpha',
         at_least=0)

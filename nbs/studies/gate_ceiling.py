@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fedsq_nb.gating.cache import GateCache
 from fedsq_nb.core import State, copy_state, load_state, rng, state_hash
-from fedsq_nb.data.images import Batches
+from fedsq_nb.data.batches import Batches
 from fedsq_nb.gating.dualcopy import DualCopy
 from fedsq_nb.gating.graph import gate_function
 from fedsq_nb.gating.gates import disagreement

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsq_nb.client.backbones import Format, backbone, head_name, image_format
+from fedsq_nb.data.images import Format
+from fedsq_nb.client.backbones import backbone, head_name, image_format
 from fedsq_nb.gating.cache import GateCache, gate_cache
 from fedsq_nb.core import State, rng
-from fedsq_nb.data.images import Batches, ImageSet, Splits, load_data, thin
+from fedsq_nb.data.batches import Batches
+from fedsq_nb.data.images import ImageSet, Splits, thin
+from fedsq_nb.data.sources import load_data
 from fedsq_nb.gating.dualcopy import DualCopy
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -71,8 +74,7 @@ def shown(
     **kwargs, # As in `Batches`
 ) -> Batches:
     "Images in batches of 250 unless `batch_size` says otherwise."
-    settings = dict(batch_size=250, size=form.size, channels=form.channels, mean=form.mean, std=form.std)
-    return Batches(data, **settings | kwargs)
+    return Batches(data, form, **dict(batch_size=250) | kwargs)
 
 @torch.no_grad()
 def answers(
