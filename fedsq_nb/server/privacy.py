@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import InputError, State, Update, rng
+from ..core import InputError, State, Update, check_name, rng
 
 # %% ../../nbs/57_server.privacy.ipynb #532fe0e9
 def _moves(updates: Sequence[Update], before: State, names: Sequence[str], clip: float) -> list[float]:
