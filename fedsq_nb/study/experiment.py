@@ -288,9 +288,9 @@ def stage(
     model = m.parametrise(net, c).to(c.device)
     code = functools.partial(encode, kind=parse_kind(c.compress)) if c.compress else None
     train = LocalTraining(model, task.splits.train, parts, task.form, lr=lr, epochs=c.local_epochs, batch_size=c.batch_size, momentum=c.momentum, weight_decay=c.weight_decay,
-                          augment=task.augment, gates=task.gates(model, 'train', say), callbacks=functools.partial(m.callbacks, c), at_home=tuple(m.at_home(model)),
+                          augment=task.augment, stored_gates=task.gates(model, 'train', say), callbacks=functools.partial(m.callbacks, c), kept_names=tuple(m.at_home(model)),
                           stragglers=c.stragglers, encode=code and _with_error(code), seed=seed, device=c.device)
-    home = train.first
+    home = train.initial_kept
     dear = [client_accuracies(task, model, parts, home)]*c.per_client + [gap_meter(task, model, home)]*c.gap if test else []
     inspect = lambda *round: {k: v for look in dear for k, v in look(*round).items()}
     return model, train, measure_with(task, model, test, home), inspect
@@ -340,7 +340,7 @@ def _federation(task: Task, method: str, seed: int, lr: float, parts: list[np.nd
     model, train, measure, inspect = stage(task, method, seed, lr, parts, test=test, say=say)
     sizes = [len(p) for p in parts]
     scene = ServerContext(c, lr, sizes, seed, lr*c.mu if 'fedprox' in method.split('+') else 0.)
-    state = {n: t for n, t in shared_state(model).items() if n not in set(train.at_home)}
+    state = {n: t for n, t in shared_state(model).items() if n not in set(train.kept_names)}
     if m.control: state = with_control(state, [n for n in state if trained_copy(model).state_dict(keep_vars=True)[n].requires_grad])
     return Federation(state, len(parts), train, measure=measure, inspect=inspect, rule=m.around(scene, m.rule(scene)), seed=seed, per_round=min(c.per_round, len(parts)) or None,
                       sizes=sizes if c.sampling == 'size' else None, client_dropout=c.client_dropout, min_clients=min(c.min_clients, len(parts)), norm_limit=c.norm_limit or None,
