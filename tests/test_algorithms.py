@@ -151,8 +151,8 @@ def of_the_head(d):
 
 NORMS = ['bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var', 'bn.num_batches_tracked']
 
-def kind(client, callbacks=tuple, make=Softmax, keeps='', server='mean', at_home=(), **settings):
-    return SimpleNamespace(client=client, callbacks=callbacks, make=make, keeps=keeps, server=server, at_home=at_home, settings=settings)
+def kind(client, callbacks=tuple, make=Softmax, keeps='', server='mean', kept_names=(), **settings):
+    return SimpleNamespace(client=client, callbacks=callbacks, make=make, keeps=keeps, server=server, kept_names=kept_names, settings=settings)
 
 KINDS = {
     'fedavg': kind(plain), 'fedprox': kind(prox, lambda: [FedProx(MU)]),
@@ -161,14 +161,14 @@ KINDS = {
     'feddyn': kind(dyn, lambda: [FedDyn(ALPHA)], keeps='dyn/', server='dyn'),
     'moon': kind(moon, lambda: [Moon(MU, TAU)], Hidden, keeps='last/'),
     'fedlc': kind(functools.partial(shifted, 'fedlc'), lambda: [Margins('fedlc', TAU)]), 'balanced': kind(functools.partial(shifted, 'balanced'), lambda: [Margins('balanced')]),
-    'bias at home': kind(functools.partial(staying, softmax, ['fc.bias']), keeps='home/', at_home=['fc.bias']),
-    'norms at home': kind(functools.partial(staying, normed, NORMS), make=Normed, keeps='home/', at_home=NORMS),
+    'bias at home': kind(functools.partial(staying, softmax, ['fc.bias']), keeps='home/', kept_names=['fc.bias']),
+    'norms at home': kind(functools.partial(staying, normed, NORMS), make=Normed, keeps='home/', kept_names=NORMS),
     'head only': kind(of_the_head, make=lambda: head_only(Hidden()))}
 
 def controlled(state): return {n: t for n, t in state.items() if not n.startswith('control/')}
 
 def beginning(k):
-    state = {n: t for n, t in shared_state(fresh(k.make)).items() if n not in k.at_home}
+    state = {n: t for n, t in shared_state(fresh(k.make)).items() if n not in k.kept_names}
     return with_control(state, state) if k.server == 'control' else state
 
 def rule_of(k): return {'mean': FedAvg, 'control': lambda: ScaffoldAvg(sum(SIZES)), 'dyn': lambda: FedDynAvg(ALPHA, len(SIZES))}[k.server]()
@@ -184,7 +184,7 @@ def oracle(k, train, rounds):
             passes = train.batches(i, t)
             batches = [(x.double().flatten(1).numpy(), y.numpy()) for _ in range(train.epochs) for x, y in passes]
             whole = tuple(map(np.concatenate, zip(*batches[:len(passes)])))
-            home = {name: v.numpy() for name, v in fresh(k.make).state_dict().items() if name in k.at_home}
+            home = {name: v.numpy() for name, v in fresh(k.make).state_dict().items() if name in k.kept_names}
             d = SimpleNamespace(w=w, own=kept.get(i, home), c=c, batches=batches[:train.steps(i, t, len(batches))], whole=whole, rho=train.momentum, decay=train.weight_decay,
                                 counts=np.array([(LABELS[train.parts[i]] == label).sum() for label in range(4)]))
             ends[i], kept[i], changes[i] = k.client(d)
@@ -219,7 +219,7 @@ SCENES = [(ALL, 0., 0., 0.), (ALL, .9, .05, 0.), (SOME, 0., 0., 0.), (SOME, .9, 
 @pytest.mark.parametrize('name', KINDS)
 def test_rounds_follow_the_papers(name, rounds, momentum, weight_decay, stragglers):
     k = KINDS[name]
-    train = training(fresh(k.make), k.callbacks, momentum=momentum, weight_decay=weight_decay, stragglers=stragglers, at_home=k.at_home, **k.settings)
+    train = training(fresh(k.make), k.callbacks, momentum=momentum, weight_decay=weight_decay, stragglers=stragglers, kept_names=k.kept_names, **k.settings)
     if stragglers: assert 3 < sum(train.steps(i, t, 10) is not None for t, clients in enumerate(rounds, 1) for i in clients) < sum(map(len, rounds))
     tolerance = 1e-6 if 'shifted' in str(k.client) else 1e-9  # margins are made in float32
     for (state, kept), (want, own) in zip(real(k, train, rounds), oracle(k, train, rounds), strict=True):
@@ -251,7 +251,7 @@ def test_every_algorithm_walks_elsewhere():
     ends = {}
     for name in ('fedavg', 'fedprox', 'scaffold II', 'feddyn', 'fedlc', 'balanced', 'bias at home'):
         k = KINDS[name]
-        *_, (state, _) = real(k, training(fresh(k.make), k.callbacks, at_home=k.at_home), SOME)
+        *_, (state, _) = real(k, training(fresh(k.make), k.callbacks, kept_names=k.kept_names), SOME)
         ends[name] = state['fc.weight']
     for a in ends:
         for b in ends: assert a == b or (ends[a] - ends[b]).abs().max() > 1e-3, (a, b)
@@ -259,7 +259,7 @@ def test_every_algorithm_walks_elsewhere():
 # ---- through a federation
 
 def played(k, execute=serial, per_round=None, **changes):
-    train = training(fresh(k.make), k.callbacks, at_home=k.at_home, **k.settings | dict(momentum=.9) | changes)
+    train = training(fresh(k.make), k.callbacks, kept_names=k.kept_names, **k.settings | dict(momentum=.9) | changes)
     fed = Federation(beginning(k), 4, train, rule=rule_of(k), sampling=Sampling(per_round), seed=9, execute=execute)
     fed.fit(5)
     assert [r['state'] for r in fed.rows] == ['ok']*6 and all(r['failures'] == [] for r in fed.rows)
@@ -482,8 +482,8 @@ def test_a_day_that_broke_leaves_no_hooks_on_the_network():
 def test_moon_compares_with_whole_networks(stays):
     "The global network is the one that the day began with, the last one that of the last day's end: with the statistics of batch norms that they had then."
     make = lambda: Hidden(norm=True)
-    train = training(fresh(make), lambda: [Moon(5., TAU)], at_home=norm_names(fresh(make)) if stays else ())
-    begin = {n: t for n, t in shared_state(fresh(make)).items() if n not in train.at_home}
+    train = training(fresh(make), lambda: [Moon(5., TAU)], kept_names=norm_names(fresh(make)) if stays else ())
+    begin = {n: t for n, t in shared_state(fresh(make)).items() if n not in train.kept_names}
     u = train(begin, 1, 1)
     train.client_states = {1: u.client_state}
     state = {n: t + .1 if t.is_floating_point() else t for n, t in u.state.items()}
@@ -510,7 +510,7 @@ def test_moon_compares_with_whole_networks(stays):
 @given(st.sets(st.sampled_from(list(fresh(lambda: Hidden(norm=True)).state_dict())), min_size=1, max_size=5), st.sampled_from(['fedprox', 'scaffold II', 'feddyn', 'many at once']))
 def test_what_stays_at_home_is_never_sent_and_always_kept(names, name):
     make = lambda: Hidden(norm=True)
-    train, _ = any_day(name, make, at_home=sorted(names))
+    train, _ = any_day(name, make, kept_names=sorted(names))
     state = {n: t for n, t in shared_state(fresh(make)).items() if n not in names}
     trained = [n for n, _ in fresh(make).named_parameters() if n in state]
     for t in (1, 2):
@@ -520,7 +520,7 @@ def test_what_stays_at_home_is_never_sent_and_always_kept(names, name):
         assert {n.removeprefix('control/') for n in u.state if n.startswith('control/')} == (set(trained) if name in ('scaffold II', 'many at once') else set())
         train.client_states = {1: u.client_state}
     other = train(with_control(state, trained), 2, 1)  # a client that is new begins with what all began with
-    new, _ = any_day(name, make, at_home=sorted(names))
+    new, _ = any_day(name, make, kept_names=sorted(names))
     assert bits(other) == bits(new(with_control(state, trained), 2, 1))
 
 def test_norms_are_found_wherever_they_are():

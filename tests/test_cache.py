@@ -197,7 +197,7 @@ class Recomputed:
 PARTS = [np.arange(N)[::2], np.arange(N)[1::2]]
 def days(dc, gates, how=None, kind=LocalTraining, parts=PARTS, **kw):
     "Two rounds of every client; the mean of a round starts the next."
-    train = kind(dc, DATA, parts, FORM, lr=.05, batch_size=BS, augment=how, gates=gates, seed=3, **kw)
+    train = kind(dc, DATA, parts, FORM, lr=.05, batch_size=BS, augment=how, stored_gates=gates, seed=3, **kw)
     state = shared_state(dc)
     for r in (1, 2):
         sent = [train(state, client, r).state for client in range(len(parts))]

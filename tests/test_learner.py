@@ -202,7 +202,7 @@ def test_a_day_with_stored_gates_asks_the_structural_copy_nothing(how):
     all_images = Batches(DATA, FORM, batch_size=8, augment=how, draws=rng(0) if how else None)
     store, start = Counted(gate_cache(model.eval(), all_images)), shared_state(model)
     model.structural.get_submodule('0').register_forward_hook(lambda m, i, o: ran.append(len(i[0])))
-    plain, stored = day(DualCopy(small(.5)), augment=how)(start, 0, 1), day(model, augment=how, gates=store)(start, 0, 1)
+    plain, stored = day(DualCopy(small(.5)), augment=how)(start, 0, 1), day(model, augment=how, stored_gates=store)(start, 0, 1)
     assert not ran and store.asked == [8, 8, 8, 9]*2 and bits(stored.state) != bits(start)
     close(stored.state, plain.state, 1e-5)
     assert stored.metrics['train_loss'] == pytest.approx(plain.metrics['train_loss'], abs=1e-5) and stored.metrics['steps'] == plain.metrics['steps'] == 8

@@ -78,7 +78,7 @@ def test_a_server_rule_of_ones_own(monkeypatch):
 
 # ---- one level below, everything works too
 
-@pytest.mark.parametrize('given', [dict(callbacks=lambda: [FedProx(1.)]), dict(compress='int8'), dict(at_home=('1.weight', '1.bias')), dict(gap=True, per_client=True)],
+@pytest.mark.parametrize('given', [dict(callbacks=lambda: [FedProx(1.)]), dict(compress='int8'), dict(kept_names=('1.weight', '1.bias')), dict(gap=True, per_client=True)],
                          ids=['algorithm', 'compression', 'own norms', 'measures'])
 @pytest.mark.parametrize('wrap', [lambda m: m, DualCopy], ids=['plain', 'gated'])
 def test_a_federation_by_hand(given, wrap):

@@ -52,7 +52,7 @@ class Participants:
 
     @property
     def state(self) -> State: # The tensors that travel, as they are now
-        return {n: t for n, t in shared_state(self.model).items() if n not in set(self.train.at_home)}
+        return {n: t for n, t in shared_state(self.model).items() if n not in set(self.train.kept_names)}
 
 # %% ../../nbs/76_study.experiment.ipynb #9d6780dd
 def with_error(code: Callable) -> Callable:
@@ -83,11 +83,11 @@ def make_participants(
     gap: bool = False, # Measure the averaging gap?
     n_probe: int = 128, # Images on which gates are compared
     device: str = 'cpu', # Where to compute
-    **training, # More for `LocalTraining`: epochs, batch_size, momentum, callbacks, at_home, augment, seed
+    **training, # More for `LocalTraining`: epochs, batch_size, momentum, callbacks, kept_names, augment, seed
 ) -> Participants:
     "Local training and measures around one network."
     code = with_error(functools.partial(encode, kind=parse_kind(compress))) if compress else None
-    train = LocalTraining(model, splits.train, parts, form, lr=lr, gates=stored.get('train'), encode=code,
+    train = LocalTraining(model, splits.train, parts, form, lr=lr, stored_gates=stored.get('train'), encode=code,
                           device=device, **training)
     valid = shown(splits.valid, form, stored.get('valid'), batch_size=256, device=device)
     tested = shown(splits.test, form, stored.get('test'), batch_size=256, device=device) if test else None
@@ -95,10 +95,10 @@ def make_participants(
     looks, n_classes = [], len(splits.train.classes)
     if test and per_client:
         counts = class_counts(splits.train.labels.cpu().numpy(), parts, n_classes)
-        looks.append(client_accuracies(model, valid, counts, train.first))
-    if test and gap: looks.append(gap_meter(model, x, train.first))
+        looks.append(client_accuracies(model, valid, counts, train.initial_kept))
+    if test and gap: looks.append(gap_meter(model, x, train.initial_kept))
     def inspect(*round): return functools.reduce(operator.or_, (look(*round) for look in looks), {})
-    measure = state_measure(model, valid, tested, probe=x if test else None, kept=train.first)
+    measure = state_measure(model, valid, tested, probe=x if test else None, kept=train.initial_kept)
     return Participants(model, train, measure, inspect, compress)
 
 # %% ../../nbs/76_study.experiment.ipynb #7b215ee4
@@ -134,7 +134,7 @@ def federation(
     seed: int = 0, # The run's seed
     say: Callable[[str], None] = print, # Told which gates are stored, or why not
     engine: dict = {}, # More for `Federation`, as {'sampling': Sampling(5)}
-    **settings, # More for `make_participants` and `LocalTraining`: epochs, callbacks, at_home, compress
+    **settings, # More for `make_participants` and `LocalTraining`: epochs, callbacks, kept_names, compress
 ) -> Federation: # Call `fit(rounds)`
     "A federation of your own data and network, without any configuration."
     form, stored = form or own_format(model, splits.train.images, 0), {}
@@ -181,7 +181,7 @@ def participants_of(
     if test: stored['test'] = task.gates(model, 'test')
     training = dict(epochs=t.local_epochs, batch_size=t.batch_size, momentum=t.momentum, weight_decay=t.weight_decay,
                     augment=task.augment, stragglers=c.stragglers)
-    algorithm = dict(callbacks=functools.partial(m.callbacks, c), at_home=tuple(m.at_home(model)), compress=c.compress)
+    algorithm = dict(callbacks=functools.partial(m.callbacks, c), kept_names=tuple(m.at_home(model)), compress=c.compress)
     measured = dict(test=test, per_client=c.output.per_client, gap=c.output.gap)
     return make_participants(model, task.splits, parts, task.form, lr=lr, stored=stored, seed=seed, device=c.device,
                              **training, **algorithm, **measured)
