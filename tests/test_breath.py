@@ -24,7 +24,7 @@ def exported(room): return [source for nb, source in EXPORTED if nb == room]
 def long_lines(room): return [line for source in exported(room) for line in source.splitlines() if len(line) > 120]
 
 
-def nested(room): return [source for source in exported(room) for _ in F.nested_comprehensions(F.parsed(source))]
+def nested(room): return [s for s in exported(room) for _ in range(F.nested_comprehensions(F.parsed(s)))]
 
 
 def crowded(room): return [line for source in exported(room) for line in F.crowded_lines(F.parsed(source))]

@@ -496,7 +496,7 @@ class Picture(Figure):
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
-        self.savefig(png, format='png')
+        self.savefig(png, format='png', dpi=54)
         return png.getvalue()
 
     def show(self, *args, **kwargs) -> None:
