@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import fedsq_nb.cli
+import fedsq_nb.cli, fedsq_nb.study.report
 from fedsq_nb.server.aggregate import weighted_mean
 from fedsq_nb.cli import main
 from fedsq_nb.core import InputError, Update, copy_state, rng, save_state, state_hash
@@ -418,7 +418,7 @@ RATES = {'fixed': ['--lr', 'fedavg=0.02,fedsq=0.01'], 'auto': '--lr auto --rates
 
 def _command(argv, log):
     sys.stdout = sys.stderr = open(log, 'a', buffering=1)
-    fedsq_nb.cli.report = lambda folder, **_: folder  # the page is drawn when all is done
+    fedsq_nb.study.report.report = lambda folder, **_: folder  # the page is drawn when all is done
     os._exit(main(argv))
 
 def start(argv, log):

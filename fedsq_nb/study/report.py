@@ -492,11 +492,11 @@ class Picture(Figure):
         width: float = 9.6, # Inches
         height: float = 4.4, # Inches
     ):
-        super().__init__(figsize=(width, height), dpi=72, layout='constrained')
+        super().__init__(figsize=(width, height), dpi=54, layout='constrained')
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
-        self.savefig(png, format='png', dpi=54)
+        self.savefig(png, format='png')
         return png.getvalue()
 
     def show(self, *args, **kwargs) -> None:
