@@ -102,7 +102,7 @@ def check_range(
         raise InputError(f'gates of site {slot.site!r} go up to {most:.3g}, beyond the {limit:.3g} of {slot.stored}: '
                          'store them as bfloat16')
 
-# %% ../../nbs/38_gating.cache.ipynb #b6e85bfc
+# %% ../../nbs/38_gating.cache.ipynb #b978c9be
 def pack(
     gates: Gates, # Gates of a batch
     slots: Sequence[Slot], # How to pack them
@@ -139,7 +139,7 @@ def unpack_site(
         out = torch.add(out, unpack_bits(plane, slot.units).to(dtype), alpha=1 << k)
     return out
 
-# %% ../../nbs/38_gating.cache.ipynb #361ffa8a
+# %% ../../nbs/38_gating.cache.ipynb #28c58f7c
 def in_shape(
     flat: Tensor, # (b, units)
     slot: Slot, # How they were packed
@@ -175,7 +175,7 @@ class Plan(NamedTuple):
         views = '' if self.views == 1 else f' in {self.views} views each'
         return f'{self.images:,} images{views}, {self.row:,} bytes a picture, {self.total/2**20:,.1f} MiB'
 
-# %% ../../nbs/38_gating.cache.ipynb #32497a8e
+# %% ../../nbs/38_gating.cache.ipynb #97c0bbff
 def plan(
     dc: DualCopy, # The network whose structural copy decides
     batches: Batches, # All images, and how they are shown
@@ -219,7 +219,7 @@ def array_hash(
     content = np.ascontiguousarray(a).data if a.size else b''
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
-# %% ../../nbs/38_gating.cache.ipynb #36fcfe18
+# %% ../../nbs/38_gating.cache.ipynb #cf44a083
 def layer_settings(
     m: nn.Module, # A layer
 ) -> dict[str, str]: # By name
@@ -235,7 +235,7 @@ def wiring(
 ) -> list: # Of text and numbers
     "What decides besides weights."
     layers = dc.structural.named_modules(remove_duplicate=False)
-    return [dc._gates.source, [[name, type(m).__name__, layer_settings(m)] for name, m in layers]]
+    return [dc.functions.gates.source, [[name, type(m).__name__, layer_settings(m)] for name, m in layers]]
 
 # %% ../../nbs/38_gating.cache.ipynb #100781b5
 class GateCache:
@@ -335,7 +335,7 @@ def open_cache(
         if checksum(f, p.total) != note.get('checksum'): return None, 'its checksum does not match'
     return mapped_cache(path, p.slots, p.images, p.views), ''
 
-# %% ../../nbs/38_gating.cache.ipynb #76537c6c
+# %% ../../nbs/38_gating.cache.ipynb #22694672
 def checksum(
     f: BinaryIO, # An open file
     total: int, # How many bytes of it, from where it stands

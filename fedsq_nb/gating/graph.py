@@ -11,7 +11,7 @@ __all__ = ['BESIDE', 'has_rule', 'RuleTracer', 'trace', 'further_arguments', 'co
            'check_layer', 'check_function', 'check_linear', 'blocks', 'add_blocks', 'named_layers', 'frozen_names',
            'is_random', 'is_fixed', 'common', 'cuts', 'layers_of']
 
-# %% ../../nbs/34_gating.graph.ipynb #d3de5be3
+# %% ../../nbs/34_gating.graph.ipynb #c490fc88
 import fnmatch, inspect, operator, re, warnings
 from collections import Counter
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def trace(
     finally:
         for m, mode in modes.items(): m.training = mode
 
-# %% ../../nbs/34_gating.graph.ipynb #fc014958
+# %% ../../nbs/34_gating.graph.ipynb #6f696a93
 def further_arguments(
     model: nn.Module, # Any model
     fixed: dict[str, Any], # By name, the values that were chosen
@@ -103,7 +103,7 @@ def must_stay(
     if node.op in ('placeholder', 'output'): return True
     return node.op == 'call_function' and operation(node.target) == ''
 
-# %% ../../nbs/34_gating.graph.ipynb #87f5726e
+# %% ../../nbs/34_gating.graph.ipynb #84c45c02
 def tidy(
     graph: fx.Graph, # As the tracer left it; it is changed
     model: nn.Module, # The model it was traced from
@@ -191,7 +191,7 @@ def only_shape(
     if node.op not in ('call_function', 'call_method'): return False
     return operation(node.target) in SHAPES or getattr(node.target, '__name__', '').startswith('constant_')
 
-# %% ../../nbs/34_gating.graph.ipynb #83eb72cd
+# %% ../../nbs/34_gating.graph.ipynb #5454f71d
 class Depends(NamedTuple):
     "What a node's value depends on."
     images: bool
@@ -261,7 +261,7 @@ class UnitsInside(TorchFunctionMode):
         unit = rule(name, inputs, settings, self.options)
         return func(*args, **kwargs) if unit is None else self.gated(name, unit)
 
-# %% ../../nbs/34_gating.graph.ipynb #797ff74c
+# %% ../../nbs/34_gating.graph.ipynb #dae4bd95
 @patch
 def check(self: UnitsInside,
     func: Callable, # What torch is about to run
@@ -272,7 +272,7 @@ def check(self: UnitsInside,
     known = name.strip('_') in AFFINE | PRODUCTS | PASSING
     if not known and not isinstance(func, torch._ops.OpOverload): raise no_rule(name, f'{self.site!r}, inside it')
 
-# %% ../../nbs/34_gating.graph.ipynb #4b29e582
+# %% ../../nbs/34_gating.graph.ipynb #83e782b2
 @patch
 def gated(self: UnitsInside,
     name: str, # The operation's name
@@ -289,7 +289,7 @@ def gated(self: UnitsInside,
     self.gates[site] = gate
     return unit.apply(unit.carries, gate=gate, **unit.apply_settings) if unit.apply else gate
 
-# %% ../../nbs/34_gating.graph.ipynb #32f81dff
+# %% ../../nbs/34_gating.graph.ipynb #747e8de9
 def no_rule(
     name: str, # An operation or a layer
     where: str, # Its place
@@ -317,7 +317,7 @@ def is_untraced_layer(
 
 def call_layer(layer: nn.Module, *args, **kwargs) -> Any: return layer(*args, **kwargs)
 
-# %% ../../nbs/34_gating.graph.ipynb #cf4ab191
+# %% ../../nbs/34_gating.graph.ipynb #4e6a40e0
 def untraced_unit(
     node: fx.Node, # One operation
     model: nn.Module, # The model it was traced from
@@ -364,7 +364,7 @@ def rewrite(
     drop_unused(new)
     return new
 
-# %% ../../nbs/34_gating.graph.ipynb #acfab34b
+# %% ../../nbs/34_gating.graph.ipynb #2eae12a3
 def item(
     graph: fx.Graph, # It gets one more node
     of: fx.Node, # A tuple or a dictionary
@@ -388,7 +388,7 @@ def ask_unit(
     decides, settings = in_graph(new, unit.decides, copied), in_graph(new, unit.gate_settings, copied)
     return new.call_function(unit.gate, tuple(decides), settings)
 
-# %% ../../nbs/34_gating.graph.ipynb #c26874c8
+# %% ../../nbs/34_gating.graph.ipynb #5ffef6ad
 def collected_gate(
     new: fx.Graph, # It may get one more node
     site: str, # The unit's site
@@ -504,7 +504,7 @@ def passed(self: BothStreams,
     if not unit.apply: return gate
     return self.call(unit.apply, (unit.carries,), unit.apply_settings | {'gate': gate}, side)
 
-# %% ../../nbs/34_gating.graph.ipynb #16941b02
+# %% ../../nbs/34_gating.graph.ipynb #ead1fc25
 def side_by_side(
     graph: fx.Graph, # A traced graph
     units: dict[str, tuple[fx.Node, Unit]], # By site
@@ -569,7 +569,7 @@ def check_layer(
     if isinstance(layer, AFFINE_MODULES) or UNIT_MODULES.get(unit_class(layer)) in allowed: return
     raise no_rule(type(layer).__name__, f'node {site!r} ({node.target})')
 
-# %% ../../nbs/34_gating.graph.ipynb #8680e014
+# %% ../../nbs/34_gating.graph.ipynb #62b295e6
 def check_function(
     node: fx.Node, # A call of a function that sees trained values
     known: dict[fx.Node, Depends], # What nodes depend on
@@ -585,7 +585,7 @@ def check_function(
     if products or moving == 1 and not divides_by_trained(node, known): return
     raise no_rule(f'a product of two trained factors ({name})', f'node {site!r}')
 
-# %% ../../nbs/34_gating.graph.ipynb #c9e09fe4
+# %% ../../nbs/34_gating.graph.ipynb #4a560dd6
 def check_linear(
     graph: fx.Graph, # A graph with gates given
     model: nn.Module, # The model
@@ -626,7 +626,7 @@ def add_blocks(
         elif found and 'Norm' in type(child).__name__: found[-1].append(prefix + name)
         else: found.append([prefix + name])
 
-# %% ../../nbs/34_gating.graph.ipynb #8c98147f
+# %% ../../nbs/34_gating.graph.ipynb #7f386681
 def named_layers(
     text: str, # 'features.0-5' or 'conv1,bn1,layer1'
 ) -> list[str]: # Names of modules
@@ -672,7 +672,7 @@ def is_fixed(
     changes = isinstance(layer, nn.Module) and not parameters and list(layer.buffers())
     return not changes
 
-# %% ../../nbs/34_gating.graph.ipynb #484dd557
+# %% ../../nbs/34_gating.graph.ipynb #4c4d0395
 def common(
     graph: fx.Graph, # A traced graph
     model: nn.Module, # The model, its frozen parameters not asking for gradients
@@ -695,7 +695,7 @@ def cuts(
         if node in within and goes_on: found[f'{names[node]}_value'] = (node, Unit(None, None, symbols=-1, replay=False))
     return found
 
-# %% ../../nbs/34_gating.graph.ipynb #02003a2b
+# %% ../../nbs/34_gating.graph.ipynb #4e0a1180
 def layers_of(
     graph: fx.Graph, # A graph over a model's layers
 ) -> set[str]: # Dotted paths

@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'UNIT_MODULES', 'AFFINE_MODULES', 'AFFINE', 'PRODUCTS', '
            'pooling_rule', 'norm_rule', 'multiplier_rule', 'rule', 'unit_class', 'called_settings', 'layer_call',
            'call_of', 'ends_in_place']
 
-# %% ../../nbs/32_gating.rules.ipynb #332a03c4
+# %% ../../nbs/32_gating.rules.ipynb #b27bac33
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ SETTINGS = {
     'softplus': ('beta', 'threshold'),
     'local_response_norm': ('size', 'alpha', 'beta', 'k')}
 
-# %% ../../nbs/32_gating.rules.ipynb #28b8fef4
+# %% ../../nbs/32_gating.rules.ipynb #8225629b
 SETTINGS |= {
     'sigmoid': (),
     'hardsigmoid': ('inplace',),
@@ -76,7 +76,7 @@ for d in (1, 2, 3):
     SETTINGS[f'max_pool{d}d'] = ('kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode', 'return_indices')
     SETTINGS[f'adaptive_max_pool{d}d'] = ('output_size', 'return_indices')
 
-# %% ../../nbs/32_gating.rules.ipynb #1f485c55
+# %% ../../nbs/32_gating.rules.ipynb #d811a084
 UNIT_MODULES = {
     nn.ReLU: 'relu', nn.Hardtanh: 'hardtanh', nn.LeakyReLU: 'leaky_relu', nn.PReLU: 'prelu', nn.RReLU: 'rrelu',
     nn.SiLU: 'silu', nn.Hardswish: 'hardswish', nn.Mish: 'mish', nn.GELU: 'gelu', nn.Tanh: 'tanh',
@@ -104,7 +104,7 @@ AFFINE = set("""
     dropout dropout1d dropout2d dropout3d feature_dropout stochastic_depth
     """.split())
 
-# %% ../../nbs/32_gating.rules.ipynb #48e947bb
+# %% ../../nbs/32_gating.rules.ipynb #50b96871
 PRODUCTS = set("""
     mul imul multiply div truediv itruediv matmul mm bmm einsum linear conv1d conv2d conv3d addmm baddbmm
     """.split())
@@ -147,7 +147,7 @@ def activation_rule(
     if name in SOFT: return Unit(SOFT[name], apply_soft, (x,), x, settings, inplace)
     if name == 'softplus': return Unit(softplus_gate, apply_tangent, (x,), x, settings)
 
-# %% ../../nbs/32_gating.rules.ipynb #a147f9e6
+# %% ../../nbs/32_gating.rules.ipynb #5fa75af3
 def leaky_slope(
     name: str, # 'leaky_relu', 'prelu' or 'rrelu'
     settings: dict[str, Any], # What it is called with
@@ -181,7 +181,7 @@ def pooling_rule(
     pixels = size**dims if isinstance(size, int) else math.prod(size)
     return Unit(pool_both, apply_pool, (x,), x, given, given, symbols=pixels, both=True)
 
-# %% ../../nbs/32_gating.rules.ipynb #fe943b14
+# %% ../../nbs/32_gating.rules.ipynb #94cebdb6
 def norm_rule(
     name: str, # An operation's name
     x: Any, # What arrives
@@ -262,7 +262,7 @@ def called_settings(
     by_position = dict(zip(SETTINGS[name], args[INPUTS.get(name, 1):]))
     return by_position | {k: v for k, v in kwargs.items() if k in SETTINGS[name]}
 
-# %% ../../nbs/32_gating.rules.ipynb #c451fe30
+# %% ../../nbs/32_gating.rules.ipynb #ab05c9b1
 def layer_call(
     node: fx.Node, # A call of a layer
     layer: nn.Module, # That layer
@@ -279,7 +279,7 @@ def layer_call(
         settings[key] = Attr(f'{node.target}.{key}') if isinstance(value, Tensor) else value
     return name, settings
 
-# %% ../../nbs/32_gating.rules.ipynb #b862345a
+# %% ../../nbs/32_gating.rules.ipynb #a18c8b23
 def call_of(
     node: fx.Node, # One operation of a traced graph
     model: nn.Module, # The model it was traced from
