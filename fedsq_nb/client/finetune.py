@@ -27,6 +27,7 @@ def head_path(
     if isinstance(net, nn.Sequential) and len(net) == 2 and isinstance(net[1], nn.Sequential): return '1'
     return head_name(net)
 
+# %% ../../nbs/43_client.finetune.ipynb #ba052feb
 def dualcopy_splitter(
     model: DualCopy, # A converted network
 ) -> list[list[nn.Parameter]]: # Body and head; a group without parameters is left out

@@ -49,7 +49,7 @@ class Slot(NamedTuple):
 def slot_of(
     site: str, # The site
     gate: Tensor, # Its gates for some images (b, ...)
-    symbols: int | None, # How many values a gate can take; 0 or None: not known, whole bytes; -1: keep the numbers' type
+    symbols: int | None, # How many values a gate can take; 0 or None: whole bytes; -1: keep the numbers' type
     soft: str, # Type to store numbers in
 ) -> Slot:
     "How one site's gates are packed."
@@ -62,6 +62,7 @@ def slot_of(
     if not symbols: symbols = torch.iinfo(gate.dtype).max + 1
     return Slot(site, shape, dtype, max(1, (symbols - 1).bit_length()), 'bits', last)
 
+# %% ../../nbs/38_gating.cache.ipynb #f6a97abf
 def slots_of(
     gates: Gates, # Gates of some images
     symbols: dict[str, int], # By site, how many values a gate can take, as in `slot_of`: `DualCopy.symbols`
@@ -70,6 +71,7 @@ def slots_of(
     "How gates like these are packed."
     return [slot_of(site, gate, symbols.get(site), soft) for site, gate in gates.items()]
 
+# %% ../../nbs/38_gating.cache.ipynb #355be790
 def row_bytes(
     slots: Sequence[Slot], # How gates are packed
 ) -> int: # Bytes
@@ -91,6 +93,7 @@ def pack_site(
     planes = [((flat >> k) & 1).numpy().astype(np.uint8) for k in range(slot.bits)]
     return [np.packbits(plane, 1) for plane in planes]
 
+# %% ../../nbs/38_gating.cache.ipynb #a639f36f
 def check_range(
     numbers: Tensor, # Soft gates, any shape
     slot: Slot, # How they are to be stored
@@ -122,6 +125,7 @@ def unpack_bits(
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None] >> shifts) & 1).flatten(1)[:, :n]
 
+# %% ../../nbs/38_gating.cache.ipynb #737c0c59
 def unpack_site(
     packed: Tensor, # uint8 (b, bytes)
     slot: Slot, # How they were packed
@@ -149,6 +153,7 @@ def in_shape(
     c, h, w = slot.shape
     return flat.view(len(flat), h, w, c).permute(0, 3, 1, 2)
 
+# %% ../../nbs/38_gating.cache.ipynb #e308952d
 def unpack(
     rows: Tensor, # uint8 (b, bytes), one row an image
     slots: Sequence[Slot], # How they were packed
@@ -187,6 +192,7 @@ def plan(
     gates = dc.gates(batches.show(first).to(memory_format=memory_order(dc)))
     return Plan(slots_of(gates, dc.symbols, soft), len(batches.labels), batches.augment.fixed)
 
+# %% ../../nbs/38_gating.cache.ipynb #59c98171
 def memory_order(
     dc: DualCopy, # The network
 ) -> torch.memory_format:
@@ -212,6 +218,7 @@ def cache_key(
         device=str(batches.images.device.type), torch=torch.__version__)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
+# %% ../../nbs/38_gating.cache.ipynb #d6f9a557
 def array_hash(
     a: np.ndarray, # Any
 ) -> str: # 32 hexadecimal digits
@@ -230,6 +237,7 @@ def layer_settings(
         if name[0] != '_' and name != 'training' and isinstance(value, plain): found[name] = repr(value)
     return found
 
+# %% ../../nbs/38_gating.cache.ipynb #5049ec86
 def wiring(
     dc: DualCopy, # The network
 ) -> list: # Of text and numbers
@@ -273,6 +281,7 @@ def packed_rows(
         x = batches.show(torch.from_numpy(image).to(device), how).to(memory_format=order)
         yield pack(dc.gates(x), p.slots)
 
+# %% ../../nbs/38_gating.cache.ipynb #1b6b600a
 def cache_in_memory(
     dc: DualCopy, # The network
     batches: Batches, # All images, and how they are shown
@@ -288,6 +297,7 @@ def cache_in_memory(
 # %% ../../nbs/38_gating.cache.ipynb #4390fe76
 _MAGIC = b'fedsq gates 1\n'
 
+# %% ../../nbs/38_gating.cache.ipynb #4ac665df
 def write_cache(
     path: Path, # The file
     chunks: Iterator[np.ndarray], # Rows, some at a time
@@ -348,6 +358,7 @@ def checksum(
         total -= len(block)
     return check.hexdigest()
 
+# %% ../../nbs/38_gating.cache.ipynb #aeba0f6a
 def mapped_cache(
     path: Path, # A whole file
     slots: list[Slot], # How its rows are packed

@@ -44,7 +44,7 @@ class DualCopy(nn.Module):
         self.plain, self.leaves, self.fixed = plain, tuple(leaves), fixed or {}
         self.quantitative = copy.deepcopy(model)
         for name in frozen_names(model, freeze): self.quantitative.get_submodule(name).requires_grad_(False)
-        self.frozen = {n for n, p in self.quantitative.named_parameters() if not p.requires_grad}  # names, never trained
+        self.frozen = {n for n, p in self.quantitative.named_parameters() if not p.requires_grad}
         self.structural = copy.deepcopy(self.quantitative).requires_grad_(False).eval()
         self.compile_functions()
         self.thin_out()
@@ -90,10 +90,12 @@ class Functions(NamedTuple):
     own_gates: Callable # (net, x, gates) -> what the values would decide under the given gates
     predict: Callable # (dual copy, x) -> output: both streams side by side
 
+# %% ../../nbs/36_gating.dualcopy.ipynb #a84b03cb
 @patch
 def __getstate__(self: DualCopy) -> dict:
     return {k: v for k, v in self.__dict__.items() if k != 'functions'}
 
+# %% ../../nbs/36_gating.dualcopy.ipynb #51c15ff9
 @patch
 def __setstate__(self: DualCopy, state: dict) -> None:
     nn.Module.__setstate__(self, state)
@@ -111,6 +113,7 @@ def traced(self: DualCopy,
     units = {site: unit for site, unit in found.items() if unit[0] not in within}
     return graph, units | cuts(graph, self.quantitative)
 
+# %% ../../nbs/36_gating.dualcopy.ipynb #43c36f3d
 def read_gates(
     graph: fx.Graph, # A graph with gates given
 ) -> set[str]: # Their sites

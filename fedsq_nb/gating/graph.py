@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from ..core import InputError, check_name
 from .gates import Gates, apply_clamp, apply_relu, clamp_beside, relu_beside
 from .rules import (
-    AFFINE, AFFINE_MODULES, INPUTS, PASSING, PRODUCTS, SETTINGS, SHAPES, UNIT_MODULES, Attr, Unit, call_of, called_settings,
-    operation, rule, unit_class)
+    AFFINE, AFFINE_MODULES, INPUTS, PASSING, PRODUCTS, SETTINGS, SHAPES, UNIT_MODULES, Attr, Unit, call_of,
+    called_settings, operation, rule, unit_class)
 
 # %% ../../nbs/34_gating.graph.ipynb #7fcd18bc
 def has_rule(
@@ -36,6 +36,7 @@ def has_rule(
     if unit_class(m): return True
     return isinstance(m, AFFINE_MODULES) and type(m).forward.__module__.split('.')[0] == 'torch'
 
+# %% ../../nbs/34_gating.graph.ipynb #dd7e892e
 class RuleTracer(fx.Tracer):
     "Records operations down to the modules that have a rule."
     def __init__(self,
@@ -96,6 +97,7 @@ def constant_function(
     constant.__name__ = f'constant{name}'
     return constant
 
+# %% ../../nbs/34_gating.graph.ipynb #e7704494
 def must_stay(
     node: fx.Node, # One operation
 ) -> bool:
@@ -138,6 +140,7 @@ def overwrites(
     if 'inplace' not in known: return False
     return any(node.args[known.index('inplace') + 1:][:1])
 
+# %% ../../nbs/34_gating.graph.ipynb #fd38b7f3
 def read_results(
     graph: fx.Graph, # It is changed
     model: nn.Module, # The model it was traced from
@@ -161,6 +164,7 @@ def path_of(
     name = operation(node.target) or node.name
     return f'{within[-1][0]}.{name}'.lstrip('.') if within else name
 
+# %% ../../nbs/34_gating.graph.ipynb #d4b18bae
 def sites_of(
     graph: fx.Graph, # A traced graph
 ) -> dict[fx.Node, str]: # A name for each node
@@ -184,6 +188,7 @@ def parameters_of(
     if isinstance(value, nn.Module): return list(value.parameters())
     return [value] if isinstance(value, nn.Parameter) else []
 
+# %% ../../nbs/34_gating.graph.ipynb #184024ee
 def only_shape(
     node: fx.Node, # One operation
 ) -> bool:
@@ -200,6 +205,7 @@ class Depends(NamedTuple):
     @property
     def moves(self) -> bool: return self.images and self.parameters  # when training moves the parameters
 
+# %% ../../nbs/34_gating.graph.ipynb #d826398c
 def dependence(
     graph: fx.Graph, # A graph of the model
     model: nn.Module, # The model
@@ -224,6 +230,7 @@ def matches(
     "Does `name` match one of the patterns?"
     return any(fnmatch.fnmatchcase(name, p.strip()) for p in patterns.split(','))
 
+# %% ../../nbs/34_gating.graph.ipynb #3dfa292f
 def units_of(
     graph: fx.Graph, # A traced graph
     model: nn.Module, # The model it was traced from
@@ -306,6 +313,7 @@ def is_untraced_function(
     "Is it a Python function from outside torch, which tracing took as one operation?"
     return node.op == 'call_function' and inspect.isfunction(node.target) and not operation(node.target)
 
+# %% ../../nbs/34_gating.graph.ipynb #16c1696f
 def is_untraced_layer(
     node: fx.Node, # One operation
     model: nn.Module, # The model it was traced from
@@ -315,6 +323,7 @@ def is_untraced_layer(
     layer = model.get_submodule(node.target)
     return not has_rule(layer) and type(layer).__module__.split('.')[0] != 'torch'
 
+# %% ../../nbs/34_gating.graph.ipynb #fe01ccf0
 def call_layer(layer: nn.Module, *args, **kwargs) -> Any: return layer(*args, **kwargs)
 
 # %% ../../nbs/34_gating.graph.ipynb #4e6a40e0
@@ -373,12 +382,14 @@ def item(
     "One item of what a node gives."
     return graph.call_function(operator.getitem, (of, key))
 
+# %% ../../nbs/34_gating.graph.ipynb #b2a917a6
 def drop_unused(
     graph: fx.Graph, # It is changed
 ) -> None:
     "Take out what the output does not need."
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ('placeholder', 'output'))
 
+# %% ../../nbs/34_gating.graph.ipynb #de49dd59
 def ask_unit(
     new: fx.Graph, # It gets one more node
     unit: Unit, # With nodes of the old graph
@@ -401,6 +412,7 @@ def collected_gate(
     if asked is not None: return item(new, asked, 0) if unit.both else asked
     return node if gates is None else item(new, gates, site)
 
+# %% ../../nbs/34_gating.graph.ipynb #706aba63
 def replaced(
     new: fx.Graph, # It gets more nodes
     site: str, # The unit's site
@@ -475,6 +487,7 @@ class BothStreams:
 # %% ../../nbs/34_gating.graph.ipynb #88be7718
 BESIDE = {apply_relu: relu_beside, apply_clamp: clamp_beside}
 
+# %% ../../nbs/34_gating.graph.ipynb #1216cf04
 @patch
 def write_unit(self: BothStreams,
     node: fx.Node, # The unit in the traced graph
@@ -494,6 +507,7 @@ def write_unit(self: BothStreams,
     else: self.write(node, 'structural')
     q[node] = self.passed(unit, gate, 'quantitative')
 
+# %% ../../nbs/34_gating.graph.ipynb #d3a1acc8
 @patch
 def passed(self: BothStreams,
     unit: Unit, # A unit
@@ -536,6 +550,7 @@ def gate_function(
     collect = to_function(rewrite(graph, units_of(graph, model), given=False, collect=True))
     return torch.no_grad()(lambda net, x: merged(collect(net, x)))
 
+# %% ../../nbs/34_gating.graph.ipynb #89e2a292
 def merged(
     gates: dict[str, Tensor | Gates], # By site; a function that was not traced has a dictionary of its own
 ) -> Gates:
@@ -551,6 +566,7 @@ def is_apply(
     "Is it the `apply` of a unit?"
     return getattr(target, '__name__', '').startswith('apply_') and operation(target) == ''
 
+# %% ../../nbs/34_gating.graph.ipynb #97c2fd76
 def divides_by_trained(
     node: fx.Node, # A call of a function
     known: dict[fx.Node, Depends], # What nodes depend on
@@ -558,6 +574,7 @@ def divides_by_trained(
     "Is it a division by something that training moves?"
     return 'div' in operation(node.target) and isinstance(node.args[1], fx.Node) and known[node.args[1]].moves
 
+# %% ../../nbs/34_gating.graph.ipynb #81ff4c1b
 def check_layer(
     node: fx.Node, # A call of a layer that sees trained values
     model: nn.Module, # The model
@@ -614,6 +631,7 @@ def blocks(
     add_blocks(model, '', found)
     return found
 
+# %% ../../nbs/34_gating.graph.ipynb #e8149821
 def add_blocks(
     model: nn.Module, # A network or part of it
     prefix: str, # What stands before the names
@@ -638,6 +656,7 @@ def named_layers(
         elif part.strip(): names.append(part.strip())
     return names
 
+# %% ../../nbs/34_gating.graph.ipynb #e646e30e
 def frozen_names(
     model: nn.Module, # A network
     freeze: str | int, # 'features.0-5', 'conv1,bn1,layer1', or a number of blocks; '' for none
@@ -645,7 +664,8 @@ def frozen_names(
     "The modules that `freeze` means. Raises `InputError` for a name that is none, or more blocks than there are."
     text, have = str(freeze).strip(), blocks(model)
     if text.isdigit():
-        if int(text) >= len(have): raise InputError(f'freeze {text} must be below the {len(have)} blocks of the network')
+        if int(text) >= len(have):
+            raise InputError(f'freeze {text} must be below the {len(have)} blocks of the network')
         return sum(have[:int(text)], [])
     known = [name for name, _ in model.named_modules() if name]
     return [check_name(n, known, 'layer to freeze') for n in named_layers(text)]
@@ -660,6 +680,7 @@ def is_random(
     if node.op not in ('call_function', 'call_method'): return False
     return 'dropout' in operation(node.target) or operation(node.target) == 'stochastic_depth'
 
+# %% ../../nbs/34_gating.graph.ipynb #d6ce71cd
 def is_fixed(
     node: fx.Node, # One operation
     model: nn.Module, # The model
@@ -684,6 +705,7 @@ def common(
         if node.op == 'placeholder' or below and is_fixed(node, model): found.add(node)
     return {n for n in found if n.op != 'placeholder' and known[n].moves}
 
+# %% ../../nbs/34_gating.graph.ipynb #1c90c3d5
 def cuts(
     graph: fx.Graph, # A traced graph
     model: nn.Module, # The model
@@ -692,7 +714,8 @@ def cuts(
     within, names, found = common(graph, model), sites_of(graph), {}
     for node in graph.nodes:
         goes_on = any(user not in within for user in node.users)
-        if node in within and goes_on: found[f'{names[node]}_value'] = (node, Unit(None, None, symbols=-1, replay=False))
+        if node not in within or not goes_on: continue
+        found[f'{names[node]}_value'] = (node, Unit(None, None, symbols=-1, replay=False))
     return found
 
 # %% ../../nbs/34_gating.graph.ipynb #4e0a1180

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .gates import (
-    SOFT, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer, apply_leaky, apply_multihead, apply_pool,
-    apply_relu, apply_soft, apply_tangent, apply_weights, attention_weights, clamp_gate, group_scale, layer_scale,
+    SOFT, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer, apply_leaky, apply_multihead,
+    apply_pool, apply_relu, apply_soft, apply_tangent, apply_weights, attention_weights, clamp_gate, group_scale, layer_scale,
     length_scale, multihead_weights, pool_both, relu_gate, softplus_gate)
 
 # %% ../../nbs/32_gating.rules.ipynb #f18dc0a5
@@ -27,10 +27,11 @@ class Attr(NamedTuple):
     "A layer or a parameter of the model, named by its path: each copy has its own."
     path: str # Dotted
 
+# %% ../../nbs/32_gating.rules.ipynb #b347b059
 class Unit(NamedTuple):
     "How one unit is split into a decision and a value."
     gate: Callable | None # (*decides, **gate_settings) -> gate, in the structural copy; None: its value itself
-    apply: Callable | None # (carries, gate=gate, **apply_settings) -> output, in the trained copy; None: the gate itself
+    apply: Callable | None # (carries, gate=gate, **apply_settings) -> output, in the trained copy; None: the gate
     decides: tuple = () # What arrives where the decision is made
     carries: Any = None # What arrives and carries the value
     gate_settings: dict[str, Any] = {} # Keywords of `gate`
@@ -117,6 +118,7 @@ PASSING = set("""
 # %% ../../nbs/32_gating.rules.ipynb #765cdb42
 SYNONYMS = {'clip': 'clamp', 'hardtanh_': 'hardtanh', 'swish': 'silu', 'max_pool1d_with_indices': 'max_pool1d'}
 
+# %% ../../nbs/32_gating.rules.ipynb #d598be20
 def operation(
     target: Callable | str, # A function, or the name of a tensor's method
 ) -> str: # '' for a function from outside torch
@@ -156,6 +158,7 @@ def leaky_slope(
     if name == 'rrelu': return (settings.get('lower', 1/8) + settings.get('upper', 1/3)) / 2
     return settings.get('weight', settings.get('negative_slope', 0.01))
 
+# %% ../../nbs/32_gating.rules.ipynb #27ee672e
 def clamp_bounds(
     name: str, # 'relu6', 'hardtanh' or 'clamp'
     settings: dict[str, Any], # What it is called with
@@ -228,6 +231,7 @@ FAMILY = {
     'layer_norm': 'norm', 'rms_norm': 'norm', 'group_norm': 'norm', 'instance_norm': 'norm', 'normalize': 'norm'}
 FAMILY |= {name: 'pool' for name in SETTINGS if 'max_pool' in name}
 
+# %% ../../nbs/32_gating.rules.ipynb #e312ef8f
 def rule(
     name: str, # An operation's name
     inputs: Sequence[Any], # What arrives: tensors, or nodes of a graph
@@ -245,6 +249,7 @@ def rule(
 # %% ../../nbs/32_gating.rules.ipynb #04f3faa8
 INPUTS = {'scaled_dot_product_attention': 3, 'multihead_attention': 3}  # the others have one
 
+# %% ../../nbs/32_gating.rules.ipynb #d62de151
 def unit_class(
     m: nn.Module, # A layer
 ) -> type | None: # A key of `UNIT_MODULES`
@@ -253,6 +258,7 @@ def unit_class(
         if kind in UNIT_MODULES and kind.forward is type(m).forward: return kind
     return None
 
+# %% ../../nbs/32_gating.rules.ipynb #2937c3b5
 def called_settings(
     name: str, # An operation's name
     args: Sequence[Any], # What it is called with by position, inputs included
@@ -296,6 +302,7 @@ def call_of(
     if name in SETTINGS and name != 'multihead_attention': inputs = inputs[:INPUTS.get(name, 1)]
     return name, inputs, settings
 
+# %% ../../nbs/32_gating.rules.ipynb #992561ed
 def ends_in_place(
     node: fx.Node, # A call of a function or a method
 ) -> bool:
