@@ -49,7 +49,7 @@ class Slot(NamedTuple):
 def slot_of(
     site: str, # The site
     gate: Tensor, # Its gates for some images (b, ...)
-    symbols: int | None, # How many values a gate can take; 0 or None: not known, whole bytes; -1: keep the numbers' type
+    symbols: int | None, # How many values a gate can take; 0 or None: whole bytes; -1: keep the numbers' type
     soft: str, # Type to store numbers in
 ) -> Slot:
     "How one site's gates are packed."
@@ -62,6 +62,7 @@ def slot_of(
     if not symbols: symbols = torch.iinfo(gate.dtype).max + 1
     return Slot(site, shape, dtype, max(1, (symbols - 1).bit_length()), 'bits', last)
 
+# %% ../../nbs/38_gating.cache.ipynb #f6a97abf
 def slots_of(
     gates: Gates, # Gates of some images
     symbols: dict[str, int], # By site, how many values a gate can take, as in `slot_of`: `DualCopy.symbols`
@@ -70,6 +71,7 @@ def slots_of(
     "How gates like these are packed."
     return [slot_of(site, gate, symbols.get(site), soft) for site, gate in gates.items()]
 
+# %% ../../nbs/38_gating.cache.ipynb #355be790
 def row_bytes(
     slots: Sequence[Slot], # How gates are packed
 ) -> int: # Bytes
@@ -91,6 +93,7 @@ def pack_site(
     planes = [((flat >> k) & 1).numpy().astype(np.uint8) for k in range(slot.bits)]
     return [np.packbits(plane, 1) for plane in planes]
 
+# %% ../../nbs/38_gating.cache.ipynb #a639f36f
 def check_range(
     numbers: Tensor, # Soft gates, any shape
     slot: Slot, # How they are to be stored
@@ -102,7 +105,7 @@ def check_range(
         raise InputError(f'gates of site {slot.site!r} go up to {most:.3g}, beyond the {limit:.3g} of {slot.stored}: '
                          'store them as bfloat16')
 
-# %% ../../nbs/38_gating.cache.ipynb #b6e85bfc
+# %% ../../nbs/38_gating.cache.ipynb #b978c9be
 def pack(
     gates: Gates, # Gates of a batch
     slots: Sequence[Slot], # How to pack them
@@ -122,6 +125,7 @@ def unpack_bits(
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None] >> shifts) & 1).flatten(1)[:, :n]
 
+# %% ../../nbs/38_gating.cache.ipynb #737c0c59
 def unpack_site(
     packed: Tensor, # uint8 (b, bytes)
     slot: Slot, # How they were packed
@@ -139,7 +143,7 @@ def unpack_site(
         out = torch.add(out, unpack_bits(plane, slot.units).to(dtype), alpha=1 << k)
     return out
 
-# %% ../../nbs/38_gating.cache.ipynb #361ffa8a
+# %% ../../nbs/38_gating.cache.ipynb #28c58f7c
 def in_shape(
     flat: Tensor, # (b, units)
     slot: Slot, # How they were packed
@@ -149,6 +153,7 @@ def in_shape(
     c, h, w = slot.shape
     return flat.view(len(flat), h, w, c).permute(0, 3, 1, 2)
 
+# %% ../../nbs/38_gating.cache.ipynb #e308952d
 def unpack(
     rows: Tensor, # uint8 (b, bytes), one row an image
     slots: Sequence[Slot], # How they were packed
@@ -175,7 +180,7 @@ class Plan(NamedTuple):
         views = '' if self.views == 1 else f' in {self.views} views each'
         return f'{self.images:,} images{views}, {self.row:,} bytes a picture, {self.total/2**20:,.1f} MiB'
 
-# %% ../../nbs/38_gating.cache.ipynb #32497a8e
+# %% ../../nbs/38_gating.cache.ipynb #97c0bbff
 def plan(
     dc: DualCopy, # The network whose structural copy decides
     batches: Batches, # All images, and how they are shown
@@ -187,6 +192,7 @@ def plan(
     gates = dc.gates(batches.show(first).to(memory_format=memory_order(dc)))
     return Plan(slots_of(gates, dc.symbols, soft), len(batches.labels), batches.augment.fixed)
 
+# %% ../../nbs/38_gating.cache.ipynb #59c98171
 def memory_order(
     dc: DualCopy, # The network
 ) -> torch.memory_format:
@@ -212,6 +218,7 @@ def cache_key(
         device=str(batches.images.device.type), torch=torch.__version__)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
+# %% ../../nbs/38_gating.cache.ipynb #d6f9a557
 def array_hash(
     a: np.ndarray, # Any
 ) -> str: # 32 hexadecimal digits
@@ -219,7 +226,7 @@ def array_hash(
     content = np.ascontiguousarray(a).data if a.size else b''
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
-# %% ../../nbs/38_gating.cache.ipynb #36fcfe18
+# %% ../../nbs/38_gating.cache.ipynb #cf44a083
 def layer_settings(
     m: nn.Module, # A layer
 ) -> dict[str, str]: # By name
@@ -230,12 +237,13 @@ def layer_settings(
         if name[0] != '_' and name != 'training' and isinstance(value, plain): found[name] = repr(value)
     return found
 
+# %% ../../nbs/38_gating.cache.ipynb #5049ec86
 def wiring(
     dc: DualCopy, # The network
 ) -> list: # Of text and numbers
     "What decides besides weights."
     layers = dc.structural.named_modules(remove_duplicate=False)
-    return [dc._gates.source, [[name, type(m).__name__, layer_settings(m)] for name, m in layers]]
+    return [dc.functions.gates.source, [[name, type(m).__name__, layer_settings(m)] for name, m in layers]]
 
 # %% ../../nbs/38_gating.cache.ipynb #100781b5
 class GateCache:
@@ -273,6 +281,7 @@ def packed_rows(
         x = batches.show(torch.from_numpy(image).to(device), how).to(memory_format=order)
         yield pack(dc.gates(x), p.slots)
 
+# %% ../../nbs/38_gating.cache.ipynb #1b6b600a
 def cache_in_memory(
     dc: DualCopy, # The network
     batches: Batches, # All images, and how they are shown
@@ -288,6 +297,7 @@ def cache_in_memory(
 # %% ../../nbs/38_gating.cache.ipynb #4390fe76
 _MAGIC = b'fedsq gates 1\n'
 
+# %% ../../nbs/38_gating.cache.ipynb #4ac665df
 def write_cache(
     path: Path, # The file
     chunks: Iterator[np.ndarray], # Rows, some at a time
@@ -335,7 +345,7 @@ def open_cache(
         if checksum(f, p.total) != note.get('checksum'): return None, 'its checksum does not match'
     return mapped_cache(path, p.slots, p.images, p.views), ''
 
-# %% ../../nbs/38_gating.cache.ipynb #76537c6c
+# %% ../../nbs/38_gating.cache.ipynb #22694672
 def checksum(
     f: BinaryIO, # An open file
     total: int, # How many bytes of it, from where it stands
@@ -348,6 +358,7 @@ def checksum(
         total -= len(block)
     return check.hexdigest()
 
+# %% ../../nbs/38_gating.cache.ipynb #aeba0f6a
 def mapped_cache(
     path: Path, # A whole file
     slots: list[Slot], # How its rows are packed

@@ -44,6 +44,7 @@ def numpy_may_read(
     ordinary = type(s) in (Tensor, nn.Parameter) and s.dtype in (torch.float32, torch.float64)
     return ordinary and s.device.type == 'cpu'
 
+# %% ../../nbs/30_gating.gates.ipynb #01609b09
 def above(
     s: Tensor, # Any shape
     level: float, # What it is compared with
@@ -51,6 +52,7 @@ def above(
     "`s > level`."
     return torch.from_numpy(np.asarray(s.detach().numpy() > level)) if numpy_may_read(s) else s > level
 
+# %% ../../nbs/30_gating.gates.ipynb #14656408
 def at_least(
     s: Tensor, # Any shape
     level: float, # What it is compared with
@@ -84,6 +86,7 @@ def all_below(
     "Is it known at once that every value is below `level`?"
     return numpy_may_read(s) and s.numel() > 0 and bool(s.amax() < level)
 
+# %% ../../nbs/30_gating.gates.ipynb #60552ba7
 def clamp_gate(
     s: Tensor, # Structural pre-activations, any shape
     low: float | None = 0., # Lower bound; None for none
@@ -118,6 +121,7 @@ def relu_beside(
     if inplace and numpy_may_read(q): return torch.ops.aten.threshold_backward.grad_input(q, s, 0, grad_input=q)
     return torch.ops.aten.threshold_backward(q, s, 0)
 
+# %% ../../nbs/30_gating.gates.ipynb #8b5a65b8
 def clamp_beside(
     q: Tensor, # Quantitative pre-activations, any shape
     s: Tensor, # Structural pre-activations, the same shape
@@ -128,8 +132,9 @@ def clamp_beside(
     "A gated clamp without a mask, for inference."
     lowest = -math.inf if low is None else low
     highest = math.inf if high is None else high
-    if inplace and numpy_may_read(q): out = torch.ops.aten.hardtanh_backward.grad_input(q, s, lowest, highest, grad_input=q)
-    else: out = torch.ops.aten.hardtanh_backward(q, s, lowest, highest)
+    kernel = torch.ops.aten.hardtanh_backward
+    if inplace and numpy_may_read(q): out = kernel.grad_input(q, s, lowest, highest, grad_input=q)
+    else: out = kernel(q, s, lowest, highest)
     if high and not all_below(s, high): out.add_(at_least(s, high).view(torch.uint8).to(q.dtype), alpha=high)
     return out.add_((s <= low).to(q.dtype), alpha=low) if low else out
 
@@ -152,6 +157,7 @@ def mish_gate(
     "The soft gate of mish."
     return torch.tanh(F.softplus(s))
 
+# %% ../../nbs/30_gating.gates.ipynb #2d180b39
 def gelu_gate(
     s: Tensor, # Structural pre-activations, any shape
     approximate: str = 'none', # 'none' or 'tanh', as in `F.gelu`
@@ -214,6 +220,7 @@ def attention_weights(
     eye = torch.eye(key.shape[-2], dtype=query.dtype, device=query.device).expand(*key.shape[:-1], -1)
     return F.scaled_dot_product_attention(query, key, eye, attn_mask, is_causal=is_causal, scale=scale)
 
+# %% ../../nbs/30_gating.gates.ipynb #a94f9563
 def apply_weights(
     value: Tensor, # Quantitative values (..., sources, features)
     gate: Tensor, # Structural weights (..., targets, sources)
@@ -264,6 +271,7 @@ def norm_scale(
     square = s.var(dims, correction=0, keepdim=True) if centred else s.square().mean(dims, keepdim=True)
     return (square + eps).rsqrt()
 
+# %% ../../nbs/30_gating.gates.ipynb #57c9a831
 def apply_norm(
     q: Tensor, # Quantitative values (b, ...)
     gate: Tensor, # Scales from `norm_scale`
@@ -280,6 +288,7 @@ def last_dims(
     "The dimensions that a layer norm shares a scale over."
     return [-1] if isinstance(shape, int) else list(range(-len(shape), 0))
 
+# %% ../../nbs/30_gating.gates.ipynb #9e697e49
 def scale_and_shift(
     x: Tensor, # Normalised values
     weight: Tensor | None, # A factor, of a shape that fits; None for none
@@ -300,6 +309,7 @@ def layer_scale(
     least = torch.finfo(s.dtype).eps if eps is None else eps
     return norm_scale(s, last_dims(normalized_shape), least, centred)
 
+# %% ../../nbs/30_gating.gates.ipynb #e1b67866
 def apply_layer(
     q: Tensor, # Quantitative values (b, ..., *normalized_shape)
     gate: Tensor, # From `layer_scale`
@@ -320,6 +330,7 @@ def grouped(
     x = x.unflatten(1, (n or x.shape[1], -1))
     return x, list(range(2, x.ndim))
 
+# %% ../../nbs/30_gating.gates.ipynb #8ea764bb
 def group_scale(
     s: Tensor, # Structural values (b, channels, ...)
     num_groups: int | None, # Groups of channels that share a scale; None for one for each channel
@@ -328,6 +339,7 @@ def group_scale(
     "The scale of a group norm."
     return norm_scale(*grouped(s, num_groups), eps)
 
+# %% ../../nbs/30_gating.gates.ipynb #122a1386
 def apply_group(
     q: Tensor, # Quantitative values (b, channels, ...)
     gate: Tensor, # From `group_scale`
@@ -360,11 +372,13 @@ def for_each_dim(
     "One number for each dimension."
     return (value,)*dims if isinstance(value, int) else tuple(value)
 
+# %% ../../nbs/30_gating.gates.ipynb #5e1a7d07
 class Windows(NamedTuple):
     "Where the windows of a pooling stand in the plane, with a plane's pixels counted row by row."
     first: Tensor # int64 (out): the place of each window's first pixel
     distance: list[int] # How far each pixel of a window stands from the first
 
+# %% ../../nbs/30_gating.gates.ipynb #96a801ac
 def windows_at(
     starts: Sequence[Tensor], # For each dimension, int64: where windows start, pixels
     within: Sequence[Sequence[int]], # For each dimension: which pixels a window takes, from its start
@@ -393,6 +407,7 @@ def pool_windows(
     starts = [torch.arange(o, device=s.device)*st - pa for o, st, pa in zip(out, step, p)]
     return windows_at(starts, [range(0, kk*dd, dd) for kk, dd in zip(k, d)], s.shape[-n:])
 
+# %% ../../nbs/30_gating.gates.ipynb #19ace22e
 def pool_stride(
     kernel_size: int | Sequence[int], # As in `pool_gate`
     stride: int | Sequence[int] | None, # As there
@@ -426,6 +441,7 @@ def number_within(
     numbers = [number.get(i, 0) for i in range(windows.distance[-1] + 1)]
     return look_up(torch.tensor(numbers, dtype=dtype, device=place.device), place - windows.first)
 
+# %% ../../nbs/30_gating.gates.ipynb #d4a04a32
 def place_of(
     gate: Tensor, # uint8 or int16 (b, c, ...out): numbers within windows
     windows: Windows, # Where the windows stand
@@ -433,12 +449,14 @@ def place_of(
     "The pixel's place in the plane."
     return look_up(torch.tensor(windows.distance, device=gate.device), gate.long()) + windows.first
 
+# %% ../../nbs/30_gating.gates.ipynb #d6f41e48
 def is_channels_last(
     x: Tensor, # Any shape
 ) -> bool:
     "Is `x` a feature map in channels-last order, and in no other?"
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
+# %% ../../nbs/30_gating.gates.ipynb #6fb421e9
 def look_up(
     table: Tensor, # (n,)
     index: Tensor, # int64, any shape
@@ -451,6 +469,7 @@ def look_up(
 _POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _ADAPTIVE = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 
+# %% ../../nbs/30_gating.gates.ipynb #7d8de108
 def pool_both(
     s: Tensor, # Structural activations (b, c, ...)
     kernel_size: int | Sequence[int], # The settings of the pooling, as in `pool_gate`
@@ -531,6 +550,7 @@ def adaptive_gate(
     place = _ADAPTIVE[dims](s, output_size, return_indices=True)[1]
     return number_within(place, adaptive_windows(s, place.shape[-dims:]))
 
+# %% ../../nbs/30_gating.gates.ipynb #c5387f29
 def apply_adaptive(
     q: Tensor, # Quantitative activations (b, c, ...)
     gate: Tensor, # From `adaptive_gate`
@@ -550,6 +570,7 @@ def difference(
     a, b = a.float(), b.float()
     return (a - b).abs().sum() / (a.abs() + b.abs()).sum().clamp_min(torch.finfo(torch.float32).tiny)
 
+# %% ../../nbs/30_gating.gates.ipynb #77cac0c9
 def disagreement(
     a: Gates, # Gates by site
     b: Gates, # Gates of the same sites on the same inputs

@@ -11,7 +11,7 @@ __all__ = ['BESIDE', 'has_rule', 'RuleTracer', 'trace', 'further_arguments', 'co
            'check_layer', 'check_function', 'check_linear', 'blocks', 'add_blocks', 'named_layers', 'frozen_names',
            'is_random', 'is_fixed', 'common', 'cuts', 'layers_of']
 
-# %% ../../nbs/34_gating.graph.ipynb #d3de5be3
+# %% ../../nbs/34_gating.graph.ipynb #c490fc88
 import fnmatch, inspect, operator, re, warnings
 from collections import Counter
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from ..core import InputError, check_name
 from .gates import Gates, apply_clamp, apply_relu, clamp_beside, relu_beside
 from .rules import (
-    AFFINE, AFFINE_MODULES, INPUTS, PASSING, PRODUCTS, SETTINGS, SHAPES, UNIT_MODULES, Attr, Unit, call_of, called_settings,
-    operation, rule, unit_class)
+    AFFINE, AFFINE_MODULES, INPUTS, PASSING, PRODUCTS, SETTINGS, SHAPES, UNIT_MODULES, Attr, Unit, call_of,
+    called_settings, operation, rule, unit_class)
 
 # %% ../../nbs/34_gating.graph.ipynb #7fcd18bc
 def has_rule(
@@ -36,6 +36,7 @@ def has_rule(
     if unit_class(m): return True
     return isinstance(m, AFFINE_MODULES) and type(m).forward.__module__.split('.')[0] == 'torch'
 
+# %% ../../nbs/34_gating.graph.ipynb #dd7e892e
 class RuleTracer(fx.Tracer):
     "Records operations down to the modules that have a rule."
     def __init__(self,
@@ -72,7 +73,7 @@ def trace(
     finally:
         for m, mode in modes.items(): m.training = mode
 
-# %% ../../nbs/34_gating.graph.ipynb #fc014958
+# %% ../../nbs/34_gating.graph.ipynb #6f696a93
 def further_arguments(
     model: nn.Module, # Any model
     fixed: dict[str, Any], # By name, the values that were chosen
@@ -96,6 +97,7 @@ def constant_function(
     constant.__name__ = f'constant{name}'
     return constant
 
+# %% ../../nbs/34_gating.graph.ipynb #e7704494
 def must_stay(
     node: fx.Node, # One operation
 ) -> bool:
@@ -103,7 +105,7 @@ def must_stay(
     if node.op in ('placeholder', 'output'): return True
     return node.op == 'call_function' and operation(node.target) == ''
 
-# %% ../../nbs/34_gating.graph.ipynb #87f5726e
+# %% ../../nbs/34_gating.graph.ipynb #84c45c02
 def tidy(
     graph: fx.Graph, # As the tracer left it; it is changed
     model: nn.Module, # The model it was traced from
@@ -138,6 +140,7 @@ def overwrites(
     if 'inplace' not in known: return False
     return any(node.args[known.index('inplace') + 1:][:1])
 
+# %% ../../nbs/34_gating.graph.ipynb #fd38b7f3
 def read_results(
     graph: fx.Graph, # It is changed
     model: nn.Module, # The model it was traced from
@@ -161,6 +164,7 @@ def path_of(
     name = operation(node.target) or node.name
     return f'{within[-1][0]}.{name}'.lstrip('.') if within else name
 
+# %% ../../nbs/34_gating.graph.ipynb #d4b18bae
 def sites_of(
     graph: fx.Graph, # A traced graph
 ) -> dict[fx.Node, str]: # A name for each node
@@ -184,6 +188,7 @@ def parameters_of(
     if isinstance(value, nn.Module): return list(value.parameters())
     return [value] if isinstance(value, nn.Parameter) else []
 
+# %% ../../nbs/34_gating.graph.ipynb #184024ee
 def only_shape(
     node: fx.Node, # One operation
 ) -> bool:
@@ -191,7 +196,7 @@ def only_shape(
     if node.op not in ('call_function', 'call_method'): return False
     return operation(node.target) in SHAPES or getattr(node.target, '__name__', '').startswith('constant_')
 
-# %% ../../nbs/34_gating.graph.ipynb #83eb72cd
+# %% ../../nbs/34_gating.graph.ipynb #5454f71d
 class Depends(NamedTuple):
     "What a node's value depends on."
     images: bool
@@ -200,6 +205,7 @@ class Depends(NamedTuple):
     @property
     def moves(self) -> bool: return self.images and self.parameters  # when training moves the parameters
 
+# %% ../../nbs/34_gating.graph.ipynb #d826398c
 def dependence(
     graph: fx.Graph, # A graph of the model
     model: nn.Module, # The model
@@ -224,6 +230,7 @@ def matches(
     "Does `name` match one of the patterns?"
     return any(fnmatch.fnmatchcase(name, p.strip()) for p in patterns.split(','))
 
+# %% ../../nbs/34_gating.graph.ipynb #3dfa292f
 def units_of(
     graph: fx.Graph, # A traced graph
     model: nn.Module, # The model it was traced from
@@ -261,7 +268,7 @@ class UnitsInside(TorchFunctionMode):
         unit = rule(name, inputs, settings, self.options)
         return func(*args, **kwargs) if unit is None else self.gated(name, unit)
 
-# %% ../../nbs/34_gating.graph.ipynb #797ff74c
+# %% ../../nbs/34_gating.graph.ipynb #dae4bd95
 @patch
 def check(self: UnitsInside,
     func: Callable, # What torch is about to run
@@ -272,7 +279,7 @@ def check(self: UnitsInside,
     known = name.strip('_') in AFFINE | PRODUCTS | PASSING
     if not known and not isinstance(func, torch._ops.OpOverload): raise no_rule(name, f'{self.site!r}, inside it')
 
-# %% ../../nbs/34_gating.graph.ipynb #4b29e582
+# %% ../../nbs/34_gating.graph.ipynb #83e782b2
 @patch
 def gated(self: UnitsInside,
     name: str, # The operation's name
@@ -289,7 +296,7 @@ def gated(self: UnitsInside,
     self.gates[site] = gate
     return unit.apply(unit.carries, gate=gate, **unit.apply_settings) if unit.apply else gate
 
-# %% ../../nbs/34_gating.graph.ipynb #32f81dff
+# %% ../../nbs/34_gating.graph.ipynb #747e8de9
 def no_rule(
     name: str, # An operation or a layer
     where: str, # Its place
@@ -306,6 +313,7 @@ def is_untraced_function(
     "Is it a Python function from outside torch, which tracing took as one operation?"
     return node.op == 'call_function' and inspect.isfunction(node.target) and not operation(node.target)
 
+# %% ../../nbs/34_gating.graph.ipynb #16c1696f
 def is_untraced_layer(
     node: fx.Node, # One operation
     model: nn.Module, # The model it was traced from
@@ -315,9 +323,10 @@ def is_untraced_layer(
     layer = model.get_submodule(node.target)
     return not has_rule(layer) and type(layer).__module__.split('.')[0] != 'torch'
 
+# %% ../../nbs/34_gating.graph.ipynb #fe01ccf0
 def call_layer(layer: nn.Module, *args, **kwargs) -> Any: return layer(*args, **kwargs)
 
-# %% ../../nbs/34_gating.graph.ipynb #cf4ab191
+# %% ../../nbs/34_gating.graph.ipynb #4e6a40e0
 def untraced_unit(
     node: fx.Node, # One operation
     model: nn.Module, # The model it was traced from
@@ -364,7 +373,7 @@ def rewrite(
     drop_unused(new)
     return new
 
-# %% ../../nbs/34_gating.graph.ipynb #acfab34b
+# %% ../../nbs/34_gating.graph.ipynb #2eae12a3
 def item(
     graph: fx.Graph, # It gets one more node
     of: fx.Node, # A tuple or a dictionary
@@ -373,12 +382,14 @@ def item(
     "One item of what a node gives."
     return graph.call_function(operator.getitem, (of, key))
 
+# %% ../../nbs/34_gating.graph.ipynb #b2a917a6
 def drop_unused(
     graph: fx.Graph, # It is changed
 ) -> None:
     "Take out what the output does not need."
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ('placeholder', 'output'))
 
+# %% ../../nbs/34_gating.graph.ipynb #de49dd59
 def ask_unit(
     new: fx.Graph, # It gets one more node
     unit: Unit, # With nodes of the old graph
@@ -388,7 +399,7 @@ def ask_unit(
     decides, settings = in_graph(new, unit.decides, copied), in_graph(new, unit.gate_settings, copied)
     return new.call_function(unit.gate, tuple(decides), settings)
 
-# %% ../../nbs/34_gating.graph.ipynb #c26874c8
+# %% ../../nbs/34_gating.graph.ipynb #5ffef6ad
 def collected_gate(
     new: fx.Graph, # It may get one more node
     site: str, # The unit's site
@@ -401,6 +412,7 @@ def collected_gate(
     if asked is not None: return item(new, asked, 0) if unit.both else asked
     return node if gates is None else item(new, gates, site)
 
+# %% ../../nbs/34_gating.graph.ipynb #706aba63
 def replaced(
     new: fx.Graph, # It gets more nodes
     site: str, # The unit's site
@@ -475,6 +487,7 @@ class BothStreams:
 # %% ../../nbs/34_gating.graph.ipynb #88be7718
 BESIDE = {apply_relu: relu_beside, apply_clamp: clamp_beside}
 
+# %% ../../nbs/34_gating.graph.ipynb #1216cf04
 @patch
 def write_unit(self: BothStreams,
     node: fx.Node, # The unit in the traced graph
@@ -494,6 +507,7 @@ def write_unit(self: BothStreams,
     else: self.write(node, 'structural')
     q[node] = self.passed(unit, gate, 'quantitative')
 
+# %% ../../nbs/34_gating.graph.ipynb #d3a1acc8
 @patch
 def passed(self: BothStreams,
     unit: Unit, # A unit
@@ -504,7 +518,7 @@ def passed(self: BothStreams,
     if not unit.apply: return gate
     return self.call(unit.apply, (unit.carries,), unit.apply_settings | {'gate': gate}, side)
 
-# %% ../../nbs/34_gating.graph.ipynb #16941b02
+# %% ../../nbs/34_gating.graph.ipynb #ead1fc25
 def side_by_side(
     graph: fx.Graph, # A traced graph
     units: dict[str, tuple[fx.Node, Unit]], # By site
@@ -536,6 +550,7 @@ def gate_function(
     collect = to_function(rewrite(graph, units_of(graph, model), given=False, collect=True))
     return torch.no_grad()(lambda net, x: merged(collect(net, x)))
 
+# %% ../../nbs/34_gating.graph.ipynb #89e2a292
 def merged(
     gates: dict[str, Tensor | Gates], # By site; a function that was not traced has a dictionary of its own
 ) -> Gates:
@@ -551,6 +566,7 @@ def is_apply(
     "Is it the `apply` of a unit?"
     return getattr(target, '__name__', '').startswith('apply_') and operation(target) == ''
 
+# %% ../../nbs/34_gating.graph.ipynb #97c2fd76
 def divides_by_trained(
     node: fx.Node, # A call of a function
     known: dict[fx.Node, Depends], # What nodes depend on
@@ -558,6 +574,7 @@ def divides_by_trained(
     "Is it a division by something that training moves?"
     return 'div' in operation(node.target) and isinstance(node.args[1], fx.Node) and known[node.args[1]].moves
 
+# %% ../../nbs/34_gating.graph.ipynb #81ff4c1b
 def check_layer(
     node: fx.Node, # A call of a layer that sees trained values
     model: nn.Module, # The model
@@ -569,7 +586,7 @@ def check_layer(
     if isinstance(layer, AFFINE_MODULES) or UNIT_MODULES.get(unit_class(layer)) in allowed: return
     raise no_rule(type(layer).__name__, f'node {site!r} ({node.target})')
 
-# %% ../../nbs/34_gating.graph.ipynb #8680e014
+# %% ../../nbs/34_gating.graph.ipynb #62b295e6
 def check_function(
     node: fx.Node, # A call of a function that sees trained values
     known: dict[fx.Node, Depends], # What nodes depend on
@@ -585,7 +602,7 @@ def check_function(
     if products or moving == 1 and not divides_by_trained(node, known): return
     raise no_rule(f'a product of two trained factors ({name})', f'node {site!r}')
 
-# %% ../../nbs/34_gating.graph.ipynb #c9e09fe4
+# %% ../../nbs/34_gating.graph.ipynb #4a560dd6
 def check_linear(
     graph: fx.Graph, # A graph with gates given
     model: nn.Module, # The model
@@ -614,6 +631,7 @@ def blocks(
     add_blocks(model, '', found)
     return found
 
+# %% ../../nbs/34_gating.graph.ipynb #e8149821
 def add_blocks(
     model: nn.Module, # A network or part of it
     prefix: str, # What stands before the names
@@ -626,7 +644,7 @@ def add_blocks(
         elif found and 'Norm' in type(child).__name__: found[-1].append(prefix + name)
         else: found.append([prefix + name])
 
-# %% ../../nbs/34_gating.graph.ipynb #8c98147f
+# %% ../../nbs/34_gating.graph.ipynb #7f386681
 def named_layers(
     text: str, # 'features.0-5' or 'conv1,bn1,layer1'
 ) -> list[str]: # Names of modules
@@ -638,6 +656,7 @@ def named_layers(
         elif part.strip(): names.append(part.strip())
     return names
 
+# %% ../../nbs/34_gating.graph.ipynb #e646e30e
 def frozen_names(
     model: nn.Module, # A network
     freeze: str | int, # 'features.0-5', 'conv1,bn1,layer1', or a number of blocks; '' for none
@@ -645,7 +664,8 @@ def frozen_names(
     "The modules that `freeze` means. Raises `InputError` for a name that is none, or more blocks than there are."
     text, have = str(freeze).strip(), blocks(model)
     if text.isdigit():
-        if int(text) >= len(have): raise InputError(f'freeze {text} must be below the {len(have)} blocks of the network')
+        if int(text) >= len(have):
+            raise InputError(f'freeze {text} must be below the {len(have)} blocks of the network')
         return sum(have[:int(text)], [])
     known = [name for name, _ in model.named_modules() if name]
     return [check_name(n, known, 'layer to freeze') for n in named_layers(text)]
@@ -660,6 +680,7 @@ def is_random(
     if node.op not in ('call_function', 'call_method'): return False
     return 'dropout' in operation(node.target) or operation(node.target) == 'stochastic_depth'
 
+# %% ../../nbs/34_gating.graph.ipynb #d6ce71cd
 def is_fixed(
     node: fx.Node, # One operation
     model: nn.Module, # The model
@@ -672,7 +693,7 @@ def is_fixed(
     changes = isinstance(layer, nn.Module) and not parameters and list(layer.buffers())
     return not changes
 
-# %% ../../nbs/34_gating.graph.ipynb #484dd557
+# %% ../../nbs/34_gating.graph.ipynb #4c4d0395
 def common(
     graph: fx.Graph, # A traced graph
     model: nn.Module, # The model, its frozen parameters not asking for gradients
@@ -684,6 +705,7 @@ def common(
         if node.op == 'placeholder' or below and is_fixed(node, model): found.add(node)
     return {n for n in found if n.op != 'placeholder' and known[n].moves}
 
+# %% ../../nbs/34_gating.graph.ipynb #1c90c3d5
 def cuts(
     graph: fx.Graph, # A traced graph
     model: nn.Module, # The model
@@ -692,10 +714,11 @@ def cuts(
     within, names, found = common(graph, model), sites_of(graph), {}
     for node in graph.nodes:
         goes_on = any(user not in within for user in node.users)
-        if node in within and goes_on: found[f'{names[node]}_value'] = (node, Unit(None, None, symbols=-1, replay=False))
+        if node not in within or not goes_on: continue
+        found[f'{names[node]}_value'] = (node, Unit(None, None, symbols=-1, replay=False))
     return found
 
-# %% ../../nbs/34_gating.graph.ipynb #02003a2b
+# %% ../../nbs/34_gating.graph.ipynb #4e0a1180
 def layers_of(
     graph: fx.Graph, # A graph over a model's layers
 ) -> set[str]: # Dotted paths

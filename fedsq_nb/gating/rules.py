@@ -8,7 +8,7 @@ __all__ = ['SETTINGS', 'UNIT_MODULES', 'AFFINE_MODULES', 'AFFINE', 'PRODUCTS', '
            'pooling_rule', 'norm_rule', 'multiplier_rule', 'rule', 'unit_class', 'called_settings', 'layer_call',
            'call_of', 'ends_in_place']
 
-# %% ../../nbs/32_gating.rules.ipynb #332a03c4
+# %% ../../nbs/32_gating.rules.ipynb #b27bac33
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .gates import (
-    SOFT, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer, apply_leaky, apply_multihead, apply_pool,
-    apply_relu, apply_soft, apply_tangent, apply_weights, attention_weights, clamp_gate, group_scale, layer_scale,
+    SOFT, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer, apply_leaky, apply_multihead,
+    apply_pool, apply_relu, apply_soft, apply_tangent, apply_weights, attention_weights, clamp_gate, group_scale, layer_scale,
     length_scale, multihead_weights, pool_both, relu_gate, softplus_gate)
 
 # %% ../../nbs/32_gating.rules.ipynb #f18dc0a5
@@ -27,10 +27,11 @@ class Attr(NamedTuple):
     "A layer or a parameter of the model, named by its path: each copy has its own."
     path: str # Dotted
 
+# %% ../../nbs/32_gating.rules.ipynb #b347b059
 class Unit(NamedTuple):
     "How one unit is split into a decision and a value."
     gate: Callable | None # (*decides, **gate_settings) -> gate, in the structural copy; None: its value itself
-    apply: Callable | None # (carries, gate=gate, **apply_settings) -> output, in the trained copy; None: the gate itself
+    apply: Callable | None # (carries, gate=gate, **apply_settings) -> output, in the trained copy; None: the gate
     decides: tuple = () # What arrives where the decision is made
     carries: Any = None # What arrives and carries the value
     gate_settings: dict[str, Any] = {} # Keywords of `gate`
@@ -60,7 +61,7 @@ SETTINGS = {
     'softplus': ('beta', 'threshold'),
     'local_response_norm': ('size', 'alpha', 'beta', 'k')}
 
-# %% ../../nbs/32_gating.rules.ipynb #28b8fef4
+# %% ../../nbs/32_gating.rules.ipynb #8225629b
 SETTINGS |= {
     'sigmoid': (),
     'hardsigmoid': ('inplace',),
@@ -76,7 +77,7 @@ for d in (1, 2, 3):
     SETTINGS[f'max_pool{d}d'] = ('kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode', 'return_indices')
     SETTINGS[f'adaptive_max_pool{d}d'] = ('output_size', 'return_indices')
 
-# %% ../../nbs/32_gating.rules.ipynb #1f485c55
+# %% ../../nbs/32_gating.rules.ipynb #d811a084
 UNIT_MODULES = {
     nn.ReLU: 'relu', nn.Hardtanh: 'hardtanh', nn.LeakyReLU: 'leaky_relu', nn.PReLU: 'prelu', nn.RReLU: 'rrelu',
     nn.SiLU: 'silu', nn.Hardswish: 'hardswish', nn.Mish: 'mish', nn.GELU: 'gelu', nn.Tanh: 'tanh',
@@ -104,7 +105,7 @@ AFFINE = set("""
     dropout dropout1d dropout2d dropout3d feature_dropout stochastic_depth
     """.split())
 
-# %% ../../nbs/32_gating.rules.ipynb #48e947bb
+# %% ../../nbs/32_gating.rules.ipynb #50b96871
 PRODUCTS = set("""
     mul imul multiply div truediv itruediv matmul mm bmm einsum linear conv1d conv2d conv3d addmm baddbmm
     """.split())
@@ -117,6 +118,7 @@ PASSING = set("""
 # %% ../../nbs/32_gating.rules.ipynb #765cdb42
 SYNONYMS = {'clip': 'clamp', 'hardtanh_': 'hardtanh', 'swish': 'silu', 'max_pool1d_with_indices': 'max_pool1d'}
 
+# %% ../../nbs/32_gating.rules.ipynb #d598be20
 def operation(
     target: Callable | str, # A function, or the name of a tensor's method
 ) -> str: # '' for a function from outside torch
@@ -147,7 +149,7 @@ def activation_rule(
     if name in SOFT: return Unit(SOFT[name], apply_soft, (x,), x, settings, inplace)
     if name == 'softplus': return Unit(softplus_gate, apply_tangent, (x,), x, settings)
 
-# %% ../../nbs/32_gating.rules.ipynb #a147f9e6
+# %% ../../nbs/32_gating.rules.ipynb #5fa75af3
 def leaky_slope(
     name: str, # 'leaky_relu', 'prelu' or 'rrelu'
     settings: dict[str, Any], # What it is called with
@@ -156,6 +158,7 @@ def leaky_slope(
     if name == 'rrelu': return (settings.get('lower', 1/8) + settings.get('upper', 1/3)) / 2
     return settings.get('weight', settings.get('negative_slope', 0.01))
 
+# %% ../../nbs/32_gating.rules.ipynb #27ee672e
 def clamp_bounds(
     name: str, # 'relu6', 'hardtanh' or 'clamp'
     settings: dict[str, Any], # What it is called with
@@ -181,7 +184,7 @@ def pooling_rule(
     pixels = size**dims if isinstance(size, int) else math.prod(size)
     return Unit(pool_both, apply_pool, (x,), x, given, given, symbols=pixels, both=True)
 
-# %% ../../nbs/32_gating.rules.ipynb #fe943b14
+# %% ../../nbs/32_gating.rules.ipynb #94cebdb6
 def norm_rule(
     name: str, # An operation's name
     x: Any, # What arrives
@@ -228,6 +231,7 @@ FAMILY = {
     'layer_norm': 'norm', 'rms_norm': 'norm', 'group_norm': 'norm', 'instance_norm': 'norm', 'normalize': 'norm'}
 FAMILY |= {name: 'pool' for name in SETTINGS if 'max_pool' in name}
 
+# %% ../../nbs/32_gating.rules.ipynb #e312ef8f
 def rule(
     name: str, # An operation's name
     inputs: Sequence[Any], # What arrives: tensors, or nodes of a graph
@@ -245,6 +249,7 @@ def rule(
 # %% ../../nbs/32_gating.rules.ipynb #04f3faa8
 INPUTS = {'scaled_dot_product_attention': 3, 'multihead_attention': 3}  # the others have one
 
+# %% ../../nbs/32_gating.rules.ipynb #d62de151
 def unit_class(
     m: nn.Module, # A layer
 ) -> type | None: # A key of `UNIT_MODULES`
@@ -253,6 +258,7 @@ def unit_class(
         if kind in UNIT_MODULES and kind.forward is type(m).forward: return kind
     return None
 
+# %% ../../nbs/32_gating.rules.ipynb #2937c3b5
 def called_settings(
     name: str, # An operation's name
     args: Sequence[Any], # What it is called with by position, inputs included
@@ -262,7 +268,7 @@ def called_settings(
     by_position = dict(zip(SETTINGS[name], args[INPUTS.get(name, 1):]))
     return by_position | {k: v for k, v in kwargs.items() if k in SETTINGS[name]}
 
-# %% ../../nbs/32_gating.rules.ipynb #c451fe30
+# %% ../../nbs/32_gating.rules.ipynb #ab05c9b1
 def layer_call(
     node: fx.Node, # A call of a layer
     layer: nn.Module, # That layer
@@ -279,7 +285,7 @@ def layer_call(
         settings[key] = Attr(f'{node.target}.{key}') if isinstance(value, Tensor) else value
     return name, settings
 
-# %% ../../nbs/32_gating.rules.ipynb #b862345a
+# %% ../../nbs/32_gating.rules.ipynb #a18c8b23
 def call_of(
     node: fx.Node, # One operation of a traced graph
     model: nn.Module, # The model it was traced from
@@ -296,6 +302,7 @@ def call_of(
     if name in SETTINGS and name != 'multihead_attention': inputs = inputs[:INPUTS.get(name, 1)]
     return name, inputs, settings
 
+# %% ../../nbs/32_gating.rules.ipynb #992561ed
 def ends_in_place(
     node: fx.Node, # A call of a function or a method
 ) -> bool:
