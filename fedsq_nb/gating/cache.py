@@ -63,7 +63,7 @@ def cache_key(
     pictures = a.pictures(len(b.labels)) if a.fixed else np.zeros(0)
     state = dc.structural.state_dict() | dict(dc.structural.named_buffers())
     facts = dict(structural=state_hash(state), wiring=_wiring(dc), images=_hash(b.images.cpu().numpy()), shape=list(b.images.shape), batch=b.bs,
-                 show=[b.size, b.channels, b.mean.flatten().tolist(), b.std.flatten().tolist()], pictures=_hash(pictures),
+                 show=[b.form.size, b.form.channels, b.mean.flatten().tolist(), b.std.flatten().tolist()], pictures=_hash(pictures),
                  options=[dc.options, dc.plain], slots=[list(s) for s in slots], device=str(b.images.device.type), torch=torch.__version__)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
