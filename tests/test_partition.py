@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from fedsq_nb.core import InputError
 from fedsq_nb.data.niid_bench import niid_bench, niid_bench_labels
-from fedsq_nb.data.partition import (round_table, by_column, card, check_card, class_counts, cut, deal, dirichlet, effective_classes, heat_map, iid, label_distance,
+from fedsq_nb.data.partition import (balanced_dirichlet, by_owner, exponential, inner_dirichlet, linear, lognormal, square, round_table, by_column, card, check_card, class_counts, cut, deal, dirichlet, effective_classes, heat_map, iid, label_distance,
                                 label_skew, load_card, partition_hash, quantity_skew, save_card, shards, split_clients)
 
 matplotlib.use('agg')
@@ -520,3 +520,73 @@ def test_what_a_card_cannot_hold():
     with pytest.raises(InputError, match='client 1 holds no sample'): card(labels, [np.arange(3), np.arange(0)], scheme='x', settings={}, seed=0, classes='ab')
     for bad in ({'f': len}, {'alpha': float('inf')}):
         with pytest.raises(InputError, match='cannot be written as JSON'): card(labels, [np.arange(3)], scheme='x', settings=bad, seed=0, classes='ab')
+
+# ---- sizes and mixtures that other libraries have
+
+NEW = {'inner_dirichlet': lambda y, n, s: inner_dirichlet(y, n, 0.3, seed=s), 'balanced_dirichlet': lambda y, n, s: balanced_dirichlet(y, n, 0.3, seed=s),
+       'linear': lambda y, n, s: linear(y, n, seed=s), 'square': lambda y, n, s: square(y, n, seed=s),
+       'exponential': lambda y, n, s: exponential(y, n, seed=s), 'lognormal': lambda y, n, s: lognormal(y, n, 0.5, seed=s),
+       'shards of a size': lambda y, n, s: shards(y, n, shard_size=3, seed=s)}
+
+@pytest.mark.parametrize('name', NEW)
+@fast
+@given(labels=labels_, n_clients=st.integers(1, 4), seed=seeds)
+def test_new_schemes_are_partitions_and_repeat(name, labels, n_clients, seed):
+    assume(name not in ('square', 'exponential') or len(labels) >= 60)
+    parts = NEW[name](labels, n_clients, seed)
+    assert len(parts) == n_clients and all(map(len, parts))
+    assert_partition(parts, len(labels))
+    assert same(parts, NEW[name](labels, n_clients, seed))
+
+@fast
+@given(labels=labels_, n_clients=st.integers(1, 6), alpha=alphas, seed=seeds)
+def test_own_mixtures_have_the_sizes_they_were_asked_for(labels, n_clients, alpha, seed):
+    n = len(labels)
+    assert [len(p) for p in balanced_dirichlet(labels, n_clients, alpha, seed=seed)] == [len(a) for a in np.array_split(np.arange(n), n_clients)]
+    sizes = np.ones(n_clients, int)
+    sizes[0] = n - n_clients + 1
+    assert [len(p) for p in inner_dirichlet(labels, n_clients, alpha, sizes=sizes, seed=seed)] == sizes.tolist()
+
+@fast
+@given(n=st.integers(200, 2000), n_clients=st.integers(1, 6), seed=seeds)
+def test_sizes_follow_their_formula_to_less_than_one_image(n, n_clients, seed):
+    i = np.arange(1, n_clients + 1)
+    for scheme, weights in ((linear, i), (square, i**2), (exponential, np.exp(i))):
+        if (weights/weights.sum()*n).min() < 1: continue
+        assert np.abs([len(p) for p in scheme(np.zeros(n), n_clients, seed=seed)] - weights/weights.sum()*n).max() < 1
+
+@fast
+@given(labels=labels_, n_clients=st.integers(1, 5), size=st.integers(1, 4), seed=seeds)
+def test_shards_of_a_size_are_never_divided(labels, n_clients, size, seed):
+    parts, order = shards(labels, n_clients, shard_size=size, seed=seed), np.argsort(labels, kind='stable')
+    owner = np.empty(len(labels), int)
+    for i, p in enumerate(parts): owner[p] = i
+    for at in range(0, len(labels), size): assert len(set(owner[order[at:at + size]])) == 1
+    held = [math.ceil(len(p)/size) for p in parts]
+    assert max(held) - min(held) <= 1
+
+def test_small_concentrations_are_uneven_and_large_ones_even():
+    y = np.arange(3000) % 10
+    for scheme in (inner_dirichlet, balanced_dirichlet):
+        few, many = (label_distance(class_counts(y, scheme(y, 10, a, seed=0), 10)) for a in (0.05, 1000))
+        assert few > 0.5 > 0.1 > many
+    spread = [np.std(np.log([len(p) for p in lognormal(np.zeros(200_000), 300, s, seed=0)])) for s in (0, 0.5)]
+    assert spread[0] < 0.01 and abs(spread[1] - 0.5) < 0.06
+
+@fast
+@given(owners=arrays(np.int64, st.integers(1, 60), elements=st.integers(0, 9)))
+def test_by_owner_gives_each_owner_its_own(owners):
+    parts = by_owner(owners)
+    assert_partition(parts, len(owners))
+    assert [set(owners[p]) for p in parts] == [{o} for o in np.unique(owners)]
+
+@pytest.mark.parametrize('call, word', [
+    (lambda y: inner_dirichlet(y, 3, [1, 2, 3], seed=0), 'must be one number above 0'), (lambda y: balanced_dirichlet(y, 3, 0, seed=0), 'alpha 0 must be a number above 0'),
+    (lambda y: inner_dirichlet(y, 3, 1., sizes=[5, 5], seed=0), 'must be 3 whole numbers'), (lambda y: inner_dirichlet(y, 2, 1., sizes=[12, 0], seed=0), 'each at least 1'),
+    (lambda y: linear(y, 13, seed=0), 'n_clients 13 is more than the 12 samples'), (lambda y: exponential(y, 8, seed=0), 'client 0 would get none'),
+    (lambda y: lognormal(y, 3, float('nan'), seed=0), 'sigma nan must be a number'), (lambda y: lognormal(y, 3, 100, min_size=4, max_draws=5, seed=0), 'could not be filled in 5 draws'),
+    (lambda y: shards(y, 3, 2, shard_size=2, seed=0), 'give either shards_per_client or shard_size'), (lambda y: shards(y, 7, shard_size=2, seed=0), 'shard_size 2 is too large'),
+    (lambda y: by_owner(None), 'no natural clients')])
+def test_new_schemes_say_what_is_wrong(call, word):
+    with pytest.raises(InputError) as e: call(np.arange(12) % 2)
+    assert word in str(e.value)

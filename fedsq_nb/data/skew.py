@@ -43,7 +43,7 @@ def looks(
     channels: int = 1, # Of the images; for 'colour'
     *,
     seed: int, # Names the random streams
-) -> np.ndarray: # float64 (clients, 1): standard deviation or degrees; 'colour': (clients, 2*channels), gains then offsets
+) -> np.ndarray: # float64 (clients, 1) deviation or degrees; 'colour': (clients, 2*channels) gains, then offsets
     "What each client does to its pictures. Raises `InputError` for an unknown kind or an impossible strength."
     check_skew(kind, strength)
     if isinstance(n_clients, bool) or not isinstance(n_clients, Integral) or n_clients < 1:
@@ -105,7 +105,7 @@ def check_disjoint(
     twice = np.flatnonzero(np.bincount(index) > 1)
     if len(twice): raise InputError(f'image {twice[0]} is in parts more than once: give each image one client')
 
-# %% ../../nbs/24_data.skew.ipynb #0ca2de0a
+# %% ../../nbs/24_data.skew.ipynb #4dfa3f61
 APPLY: dict[str, Callable] = {'noise': add_noise, 'rotation': turn, 'colour': tint}
 
 # %% ../../nbs/24_data.skew.ipynb #654205c3
@@ -142,7 +142,8 @@ def as_clients_see(
     same, ax = data.subset([position]*n_clients), ax or plt.gca()
     rows = [feature_skew(same, np.arange(n_clients)[:, None], kind, s, seed=seed).images for kind, s in skews]
     sheet = ImageSet(torch.cat(rows), same.labels.repeat(len(rows)), data.classes)
-    contact_sheet(sheet, len(sheet), ax=ax, title=title or f'one image as {n_clients} clients see it', columns=n_clients)
+    title = title or f'one image as {n_clients} clients see it'
+    contact_sheet(sheet, len(sheet), ax=ax, title=title, columns=n_clients)
     h, w = data.images.shape[2] + 1, data.images.shape[3] + 1
     ax.set_yticks([h*(r + 0.5) - 1 for r in range(len(rows))], [f'{kind} {s:g}' for kind, s in skews])
     ax.set_xticks([w*(i + 0.5) - 1 for i in range(n_clients)], range(n_clients))
