@@ -21,6 +21,8 @@ setup(
     url=cfg['git_url'],
     license='Apache-2.0',
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
+    package_data={cfg['lib_path']: ['py.typed']},
+    include_package_data=False,
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'privacy': cfg['privacy_requirements'].split()},

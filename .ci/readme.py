@@ -11,6 +11,11 @@ top = Path(__file__).resolve().parent.parent
 hidden = RegexRemovePreprocessor(patterns=[r'\s*#\|\s*(hide|default_exp)\b'], enabled=True)
 index = nbformat.read(top/'nbs'/'index.ipynb', as_version=4)
 index.metadata['language_info'] = {'name': 'python'}  # the fences say so; nbdev_clean takes it out of the notebook
+for cell in index.cells:  # of a cell whose input is hidden, what it shows is left
+    if cell.cell_type == 'code' and cell.source.startswith('#| hide_input'):
+        cell.source = '\n\n'.join(''.join(o['data']['text/markdown']) for o in cell.outputs)
+        cell.cell_type = 'markdown'
+        del cell['outputs'], cell['execution_count']
 body, resources = MarkdownExporter(config=Config(), preprocessors=[hidden]).from_notebook_node(index)
 if resources['outputs']: raise SystemExit('nbs/index.ipynb holds a picture as an output: README.md cannot carry it, show a table')
 body = re.sub(r'(?m)^#\| .*\n', '', body)

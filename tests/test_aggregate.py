@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fedsq_nb.server import aggregate
-from fedsq_nb.server.aggregate import FedAvg, averaging_gap, change_norms, check_update, plot_gap, screen_updates, spread, weighted_mean
+from fedsq_nb.server.aggregate import FailureKind, FedAvg, any_diverged, averaging_gap, change_norms, check_update, client_drift, plot_gap, screen_updates, weighted_mean
 from fedsq_nb.core import InputError, Update, norm, rng, state_hash, sub
 
 fast = settings(max_examples=60, deadline=None)
@@ -184,7 +184,7 @@ def test_a_gpu_gives_the_processors_bits():
     mean = weighted_mean(there, [1, 2, 3, 4])
     assert mean['w'].is_cuda and state_hash(mean) == state_hash(weighted_mean(states, [1, 2, 3, 4]))
     updates = lambda some: [Update(client=k, round=1, state=s, weight=1 + k) for k, s in enumerate(some)]
-    for name, value in spread(updates(there[1:]), there[0]).items(): assert value == pytest.approx(spread(updates(states[1:]), states[0])[name], rel=1e-5)
+    for name, value in client_drift(updates(there[1:]), there[0]).items(): assert value == pytest.approx(client_drift(updates(states[1:]), states[0])[name], rel=1e-5)
     assert len(screen_updates(updates(there), there[0], norm_limit=10., weight_limit=10.)[0]) == 4
 
 
@@ -196,7 +196,7 @@ one = {'w': torch.ones(2)}
                          ids=lambda w: f'{type(w).__name__}-{str(w)[:5]}')
 def test_a_weight_must_be_a_finite_number_above_0(weight):
     with pytest.raises(InputError, match='weight .* is not a finite number above 0'): weighted_mean([one, one], [1, weight])
-    assert 'is not a finite number above 0' in check_update(Update(client=0, round=1, state=one, weight=weight), one)
+    assert 'is not a finite number above 0' in check_update(Update(client=0, round=1, state=one, weight=weight), one).reason
 
 @pytest.mark.parametrize('weight', [1, 2.5, np.int64(3), np.float32(0.5), 5e-324, 1.7e308, 10**300])
 def test_any_positive_real_number_is_a_weight(weight):
@@ -217,7 +217,7 @@ def test_states_that_do_not_fit_are_named(states, weights, text):
 
 def test_many_names_are_cut_to_a_few():
     many = {f'n{i}': torch.ones(1) for i in range(9)}
-    assert check_update(Update(client=0, round=1, state={}, weight=1), many) == "missing 'n0', 'n1', 'n2' and 6 more"
+    assert check_update(Update(client=0, round=1, state={}, weight=1), many).reason == "missing 'n0', 'n1', 'n2' and 6 more"
 
 
 # -- poison ------------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_poison_is_named_and_leaves_no_trace(kind, place):
     updates.insert(place, spoil(healthy(3)))
     good, failures = screen_updates(updates, expected, round=4)
     assert [u.client for u in good] == [1, 5, 7]
-    assert failures == [{'client': 3, 'reason': reason}]
+    assert [f.as_row() for f in failures] == [{'client': 3, 'kind': failures[0].kind.value, 'reason': reason}]
     assert state_hash(FedAvg().step(expected, good)) == state_hash(clean)
 
 @fast
@@ -283,7 +283,7 @@ def test_a_duplicate_is_refused_whatever_it_holds(order, value):
     arrived = [updates[i] for i in order]
     twice = arrived[0]
     good, failures = screen_updates([*arrived, with_value(value)(twice), twice], expected, round=4)
-    assert failures == [{'client': twice.client, 'reason': f'duplicate of client {twice.client}'}] * 2
+    assert [f.as_row() for f in failures] == [{'client': twice.client, 'kind': 'invalid', 'reason': f'duplicate of client {twice.client}'}] * 2
     assert [u.client for u in good] == [0, 1, 2, 3] and good[twice.client] is twice
     assert state_hash(FedAvg().step(expected, good)) == state_hash(clean)
 
@@ -306,7 +306,7 @@ def test_finite_values_pass_although_their_sum_overflows(dtype):
     want = {'w': torch.zeros(4, dtype=dtype)}
     assert check_update(wide(top, top, top, top), want) is None
     assert check_update(wide(-top, -top, top, -top), want) is None
-    assert check_update(wide(inf, -inf, top, top), want) == "non-finite values in 'w' (2 of 4)"
+    assert check_update(wide(inf, -inf, top, top), want).reason == "non-finite values in 'w' (2 of 4)"
 
 @fast
 @given(rounds(dtypes=(*floats, *wholes)), st.data())
@@ -319,7 +319,7 @@ def test_one_bad_number_anywhere_is_found(drawn, data):
     if not places: return
     name, i = data.draw(st.sampled_from(places))
     state[name].view(-1)[i] = data.draw(st.sampled_from([nan, inf, -inf]))
-    assert check_update(u, states[0]) == f"non-finite values in {name!r} (1 of {state[name].numel()})"
+    assert check_update(u, states[0]).reason == f"non-finite values in {name!r} (1 of {state[name].numel()})"
 
 
 # -- beside the others -------------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_norms_and_spread_agree_with_plain_numpy(drawn):
     ways, p = np.stack([flat(u.state) - flat(before) for u in updates]), np.array(weights[1:]) / np.sum(weights[1:])
     lengths, mean, rel = np.linalg.norm(ways, axis=1), p @ ways, precision(before)
     assert change_norms(updates, before) == pytest.approx(lengths, rel=rel, abs=1e-30)
-    seen = spread(updates, before)
+    seen = client_drift(updates, before)
     assert (seen['drift'], seen['drift_max']) == pytest.approx((lengths.mean(), lengths.max()), rel=rel, abs=1e-30)
     wide = lambda state: {k: t.double() for k, t in state.items() if t.is_floating_point()}
     assert seen['drift'] == pytest.approx(sum(norm(sub(wide(u.state), wide(before))) for u in updates) / len(updates), rel=rel, abs=1e-30)
@@ -355,14 +355,14 @@ def test_norms_of_many_clients_over_many_blocks(dtype):
     updates = as_updates([{'w': before['w'] + torch.from_numpy(g.normal(size=(300, 100)) * 1e-3).to(dtype), 'n': torch.tensor(k)} for k in range(40)], range(1, 41))
     want = [norm(sub(u.state, before)) for u in updates]
     assert change_norms(updates, before) == pytest.approx(want, rel=precision(before))
-    assert spread(updates, before)['drift_max'] == pytest.approx(max(want), rel=precision(before))
+    assert client_drift(updates, before)['drift_max'] == pytest.approx(max(want), rel=precision(before))
 
 def test_cosine_counts_who_stayed_as_nought_and_weights_the_mean():
     "One goes along x with weight 3, one along y with weight 4: the mean is (3, 4)/7, the cosines 3/5 and 4/5; a third that stays has none."
     to = lambda *ends: as_updates([{'w': torch.tensor(e)} for e in ends], [3, 4, 5])
-    assert spread(to([1., 0.], [0., 1.]), {'w': torch.zeros(2)})['cosine'] == pytest.approx(.7)
-    assert spread(to([1., 0.], [0., 1.], [0., 0.]), {'w': torch.zeros(2)})['cosine'] == pytest.approx(1.4 / 3)
-    assert spread(to([0., 0.], [0., 0.]), {'w': torch.zeros(2)}) == {'drift': 0., 'drift_max': 0., 'cosine': None}
+    assert client_drift(to([1., 0.], [0., 1.]), {'w': torch.zeros(2)})['cosine'] == pytest.approx(.7)
+    assert client_drift(to([1., 0.], [0., 1.], [0., 0.]), {'w': torch.zeros(2)})['cosine'] == pytest.approx(1.4 / 3)
+    assert client_drift(to([0., 0.], [0., 0.]), {'w': torch.zeros(2)}) == {'drift': 0., 'drift_max': 0., 'cosine': None}
 
 @pytest.mark.parametrize('dtype', floats[:2], ids=str)
 def test_narrow_types_are_subtracted_in_single_precision(dtype):
@@ -374,7 +374,7 @@ def test_norms_without_weights_are_nought():
     updates = as_updates([{'n': torch.tensor(k), 'e': torch.zeros(0)} for k in range(3)], [1, 1, 1])
     before = {'n': torch.tensor(9), 'e': torch.zeros(0)}
     assert change_norms(updates, before) == [0.] * 3 and change_norms([], before) == []
-    assert spread(updates, before) == {'drift': 0., 'drift_max': 0., 'cosine': None}
+    assert client_drift(updates, before) == {'drift': 0., 'drift_max': 0., 'cosine': None}
     assert len(screen_updates(updates, before, norm_limit=1e-9, weight_limit=1.)[0]) == 3
 
 def left(values, limit):
@@ -395,15 +395,15 @@ def test_limits_keep_whom_an_oracle_keeps(clients, norm_limit, weight_limit, ran
     near = [light[i] for i in left([inf if clients[k][0] > 1e29 else clients[k][0] for k in light], norm_limit)]
     good, failures = screen_updates(random.sample(updates, len(updates)), {'w': torch.ones(2), 'n': torch.tensor(0)}, round=1, norm_limit=norm_limit, weight_limit=weight_limit)
     assert [u.client for u in good] == near
-    assert [f['client'] for f in failures] == [i for i in range(len(updates)) if i not in near]
-    for f in failures: assert f['reason'].startswith('weight' if f['client'] not in light else 'change of norm') and 'times the round' in f['reason']
+    assert [f.client for f in failures] == [i for i in range(len(updates)) if i not in near]
+    for f in failures: assert f.reason.startswith('weight' if f.client not in light else 'change of norm') and 'times the round' in f.reason
 
 def test_limits_name_value_limit_and_median():
     updates = as_updates([{'w': torch.tensor([v])} for v in (.2, .21, .22, 3e10, .2)], [10, 20, 30, 40, 99999])
     good, failures = screen_updates(updates, {'w': torch.zeros(1)}, norm_limit=100, weight_limit=1000)
     assert [u.client for u in good] == [0, 1, 2]
-    assert failures == [{'client': 3, 'reason': "change of norm 3e+10 is more than 100 times the round's median 0.21"},
-                        {'client': 4, 'reason': "weight 1e+05 is more than 1000 times the round's median 30"}]
+    assert [f.as_row() for f in failures] == [{'client': 3, 'kind': 'diverged', 'reason': "change of norm 3e+10 is more than 100 times the round's median 0.21"},
+                        {'client': 4, 'kind': 'invalid', 'reason': "weight 1e+05 is more than 1000 times the round's median 30"}]
 
 @pytest.mark.parametrize('bad', range(1, 10))
 def test_an_overflowing_change_is_left_out_however_many_there_are(bad):
@@ -421,7 +421,7 @@ def test_bad_updates_do_not_shift_the_median():
     updates = as_updates([{'w': torch.tensor([v])} for v in (1., 1., 1., 50.)], [1] * 4)
     noise = [Update(client=k, round=2, state={'w': torch.tensor([1e3])}, weight=1) for k in (7, 8, 9)] + [replace(updates[0], state={'w': torch.tensor([1e3])})]
     good, failures = screen_updates([*updates, *noise], {'w': torch.zeros(1)}, round=1, norm_limit=10.)
-    assert [u.client for u in good] == [0, 1, 2] and [f['client'] for f in failures] == [0, 3, 7, 8, 9]
+    assert [u.client for u in good] == [0, 1, 2] and [f.client for f in failures] == [0, 3, 7, 8, 9]
 
 def test_checks_come_in_their_stated_order():
     "An update with every fault at once shows them one by one as they are mended."
@@ -434,13 +434,13 @@ def test_checks_come_in_their_stated_order():
              ("'b' has type", with_tensor('b', torch.zeros(2))), ("'a' has shape", with_tensor('a', torch.zeros(2))),
              ("non-finite values in 'c'", with_tensor('c', torch.zeros(1))), ('metric', lambda u: replace(u, metrics={}))]
     for text, mend in mends:
-        assert text in check_update(everything, want, round=4)
+        assert text in check_update(everything, want, round=4).reason
         everything = mend(everything)
     assert check_update(everything, want, round=4) is None
 
 def test_all_bad_leaves_nothing_and_the_rule_says_so():
     good, failures = screen_updates([with_value(nan)(healthy(c)) for c in (2, 1)], expected, round=4)
-    assert good == [] and [f['client'] for f in failures] == [1, 2]
+    assert good == [] and [f.client for f in failures] == [1, 2]
     with pytest.raises(InputError, match='states is empty'): FedAvg().step(expected, good)
 
 def test_sift_takes_an_iterator_and_any_round_by_default():

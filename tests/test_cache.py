@@ -11,18 +11,21 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from fedsq_nb.gating import cache as C
-from fedsq_nb.client.backbones import Format
+from fedsq_nb.data.images import Format
 from fedsq_nb.gating.cache import GateCache, cache_key, gate_cache, plan, verdict
 from fedsq_nb.core import InputError, copy_state, rng, seeded, state_hash
-from fedsq_nb.data.images import Augment, Batches, ImageSet, from_arrays, printed
+from fedsq_nb.data.batches import Augment, Batches
+from fedsq_nb.data.example import printed
+from fedsq_nb.data.images import ImageSet, from_arrays
 from fedsq_nb.gating.dualcopy import DualCopy
 from fedsq_nb.study.config import Config
-from fedsq_nb.study.experiment import load_task, run
+from fedsq_nb.study.task import load_task
+from fedsq_nb.study.experiment import run
 from fedsq_nb.client.learner import LocalTraining, shared_state
 
 N, BS, FORM, gen = 50, 16, Format(3, (.5, .4, .3), (.25, .3, .2), 8), rng(0, 'test', 'cache')
 DATA = from_arrays(gen.integers(0, 256, (N, 8, 8, 3), dtype='uint8'), gen.integers(0, 3, N), ['a', 'b', 'c'])
-SHOW = dict(batch_size=BS, size=8, channels=3, mean=FORM.mean, std=FORM.std)
+SHOW = dict(form=FORM, batch_size=BS)
 WAYS = {'as they are': None, 'flips': Augment(flip=True), 'views': Augment(flip=True, crop=2, views=3, seed=1)}
 
 # ---- small networks of every kind
@@ -258,7 +261,7 @@ def test_free_crops_have_no_cache_and_say_so():
     cache, said = told(dual(), shown(how=Augment(crop=2)))
     assert cache is None and len(said) == 1 and 'computed for each batch' in said[0] and 'random crops' in said[0] and 'views=k' in said[0]
     task = load_task(Config(**RUN | dict(crop=1)))
-    assert any('random crops' in n and 'gate cache: ' in n for n in task.notes), task.notes  # valid and test are shown as they are
+    assert any('random crops' in n and 'gate cache: ' in n for n in map(str, task.notes)), task.notes  # valid and test are shown as they are
     model = DualCopy(task.network(0))
     assert task.gates(model, 'train') is None and task.gates(model, 'valid') is not None and task.gates(model, 'test') is not None
 
@@ -280,7 +283,7 @@ def bits_needed(model, x):
 @pytest.mark.parametrize('name, size', [('resnet18', 32), ('mobilenet_v2', 64), ('mobilenet_v3_small', 48), ('squeezenet1_1', 64)])
 def test_a_picture_takes_the_bits_of_its_gates(name, size):
     with seeded(0, name): model = torchvision.models.get_model(name, weights=None, num_classes=10)
-    batches = Batches(printed(3, size=size, channels=3), size=size, channels=3, mean=.5, std=.25)
+    batches = Batches(printed(3, size=size, channels=3), Format(3, .5, .25, size))
     p, bits = plan(DualCopy(model), batches), bits_needed(model, batches.show(torch.arange(1)))
     assert bits <= 8*p.row <= 1.05*bits
     assert p.total == 3*p.row and f'{p.row:,} bytes a picture' in str(p)
@@ -310,7 +313,7 @@ def some():
 
 def limited(limit, **kw):
     task, _ = some()
-    return type(task)(dataclasses.replace(task.config, cache_bytes=limit, **kw), task.splits, task.form)
+    return type(task)(task.config.replace(cache_bytes=limit, **kw), task.splits, task.form)
 
 def test_bytes_are_bounded_over_the_three_parts(tmp_path):
     task, (dc, *_) = some()
@@ -328,7 +331,7 @@ def test_bytes_are_bounded_over_the_three_parts(tmp_path):
             if order[0] == 'train':
                 note = one.storage(dc)
                 assert note.count('are more than the') == note.count('computed for each batch') == 3 - len(kept) and note.startswith('gate cache: ') == bool(kept), note
-    note, = (n for n in load_task(Config(**RUN | dict(max_train=30, cache_bytes=t))).notes if 'each batch' in n)
+    note, = (n for n in map(str, load_task(Config(**RUN | dict(max_train=30, cache_bytes=t))).notes) if 'each batch' in n)
     assert note == limited(t).storage(dc)
 
 @settings(max_examples=12, deadline=None)

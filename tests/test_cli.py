@@ -10,9 +10,9 @@ import torchvision
 from PIL import Image
 
 from fedsq_nb import __version__
-from fedsq_nb.client.backbones import ResCNN
+from fedsq_nb.data.example import ResCNN
 from fedsq_nb.cli import main
-from fedsq_nb.study.config import Config
+from fedsq_nb.study.config import SETTINGS, Config, read_toml
 
 gen = np.random.default_rng(0)
 x, y = gen.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8), np.arange(60) % 3
@@ -319,7 +319,7 @@ def test_the_default_job_made_small(fedsq, tmp_path):
     assert all(set(needed.split()) <= r.keys() and r['state'] == 'ok' for r in rows)
     assert {p.name for p in (tmp_path/'a').rglob('*')} == {'config.toml', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html', 'weights',
         *(f'{m}-{s}.safetensors' for m in ('fedavg', 'fedprox', 'fedsq') for s in (0, 1))}
-    assert {k: v for k, v in tomllib.loads((tmp_path/'a'/'config.toml').read_text()).items() if k in ('backbone', 'weights', 'size', 'alpha')} == {
+    assert {k: v for k, v in read_toml(tmp_path/'a'/'config.toml').items() if k in ('backbone', 'weights', 'size', 'alpha')} == {
         'backbone': 'rescnn', 'weights': 'printed', 'size': 16, 'alpha': 1.0}
     status, text, _ = fedsq('compare', '--config', tmp_path/'a'/'config.toml', '--out', tmp_path/'b')
     assert status == 0 and timeless(tmp_path/'a') == timeless(tmp_path/'b')
@@ -335,7 +335,7 @@ def test_the_default_job_made_small(fedsq, tmp_path):
 def test_the_command_line_wins_over_the_file(fedsq, tmp_path):
     (tmp_path/'c.toml').write_text('alpha = 7\nrounds = 3\nmethods = ["fedprox"]\nflip = true\nlr = 0.5\nsave_weights = true\n')
     assert fedsq('compare', '--config', tmp_path/'c.toml', *QUICK, *SMALL, '--no-save-weights', '--alpha', 3, '--methods', 'fedsq', '--out', tmp_path/'out')[0] == 0
-    got = tomllib.loads((tmp_path/'out'/'config.toml').read_text())
+    got = read_toml(tmp_path/'out'/'config.toml')
     assert {k: got[k] for k in ('alpha', 'rounds', 'methods', 'flip', 'lr', 'save_weights')} == {
         'alpha': 3.0, 'rounds': 1, 'methods': ['fedsq'], 'flip': True, 'lr': '0.02', 'save_weights': False}
     assert not (tmp_path/'out'/'weights').exists()
@@ -392,10 +392,10 @@ def test_a_cache_folder_that_cannot_be_used(fedsq, tmp_path):
 # ---- help, and stopping
 
 def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as e: main(['compare', '--help'])
+    with pytest.raises(SystemExit) as e: main(['compare', '--help-all'])
     text = capsys.readouterr().out
     assert e.value.code == 0 and '--config' in text and '--json' in text
-    for f in dataclasses.fields(Config): assert f'--{f.name.replace("_", "-")} ' in text or f'--{f.name.replace("_", "-")},' in text, f.name
+    for f in SETTINGS.values(): assert f'--{f.name.replace("_", "-")} ' in text or f'--{f.name.replace("_", "-")},' in text, f.name
 
 def test_bare_command_and_version(fedsq, capsys):
     status, printed, err = fedsq()
@@ -431,3 +431,47 @@ def test_ctrl_c(fedsq, tmp_path):
     status, printed, err = fedsq('report', out)
     assert status == 0 and 'fedavg' in printed and 'unfinished: fedavg, seed 0' in err and 'of 100000 rounds' in err
     assert 'not complete' in (out/'report.html').read_text()
+
+@pytest.mark.parametrize('argv', [['--help'], ['--version'], ['compare', '--help']])
+def test_help_and_version_load_nothing_heavy(argv):
+    "No torch, no fastai, no pandas: that is what makes them quick."
+    code = ('import sys\nfrom fedsq_nb.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n'
+            'sys.exit(bool({"torch", "fastai", "pandas", "matplotlib"} & sys.modules.keys()))')
+    assert subprocess.run([sys.executable, '-c', code, *argv], cwd=Path(__file__).parent.parent, capture_output=True).returncode == 0
+
+def test_short_help_shows_common_options(capsys):
+    with pytest.raises(SystemExit): main(['compare', '--help'])
+    text = capsys.readouterr().out
+    assert '--clients' in text and '--help-all' in text and '--moon-mu' not in text and 'Federation:' in text
+
+def test_the_package_runs_as_a_module():
+    out = subprocess.run([sys.executable, '-m', 'fedsq_nb', '--version'], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert out.returncode == 0 and __version__ in out.stdout
+
+def test_methods_are_listed(fedsq):
+    status, printed, _ = fedsq('methods')
+    assert status == 0 and 'fedsq_refresh' in printed and 'McMahan 2017' in printed
+    assert 'krum' in {line['method'] for line in json.loads(fedsq('methods', '--json')[1])}
+
+def test_old_options_work_with_one_line(fedsq, tmp_path):
+    status, _, err = fedsq('compare', *QUICK, *SMALL, '--gates', 'random', '--dropout', '0', '--out', tmp_path/'out')
+    assert status == 0 and err.count('old names of settings') == 1 and 'gates is now gate_source, dropout is now client_dropout' in err
+    assert read_toml(tmp_path/'out'/'config.toml')['gate_source'] == 'random'
+
+def test_the_bar_moves_after_a_resume(monkeypatch):
+    "It begins with what is done already, and every row moves it."
+    from fedsq_nb.cli import ErrorBar, Progress
+    drawn = []
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr(ErrorBar, 'on_update', lambda self, value, text: drawn.append(value))
+    progress = Progress(Config(rounds=3, seeds=2, methods='fedavg'))
+    for seed in (0, 1):
+        for t in range(4): progress.row(dict(method='fedavg', seed=seed, round=t, val_accuracy=.5, state='ok', clients_ok=2, clients_failed=0, failures=[]))
+    assert progress.done == 6 and drawn == [0, 1, 2, 3, 4, 5, 6]
+
+def test_ctrl_c_says_how_to_go_on(fedsq, monkeypatch, tmp_path):
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr('fedsq_nb.study.experiment.try_rate', stop)
+        err = fedsq('compare', *QUICK, *SMALL, '--lr', 'auto', '--out', tmp_path/'out')[2]
+    assert f"fedsq compare --resume --out {tmp_path/'out'}" in err

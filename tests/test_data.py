@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fedsq_nb.core import InputError, rng
-from fedsq_nb.data.images import LETTERS, Augment, Batches, ImageSet, Splits, contact_sheet, from_arrays, hold_out, load_data, printed, share, shift, split
-from fedsq_nb.data.images import _glyphs
+from fedsq_nb.data.batches import Augment, Batches, shift
+from fedsq_nb.data.example import LETTERS, glyphs, printed
+from fedsq_nb.data.images import Format, ImageSet, Splits, contact_sheet, from_arrays, hold_out, share, split
+from fedsq_nb.data.sources import load_data
 
 gen = np.random.default_rng(0)
 x = gen.integers(0, 256, (60, 6, 5, 3), dtype=np.uint8)
@@ -96,7 +98,7 @@ def test_last_image_of_a_class_is_never_held_out():
 def test_global_random_state_is_left_alone():
     np_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()
     load_data('digits', size=8); printed(50)
-    list(Batches(printed(5), size=8, channels=1, mean=0, std=1, shuffle=rng(0), augment=Augment(flip=True, crop=1), draws=rng(1)))
+    list(Batches(printed(5), Format(1, 0, 1, 8), shuffle=rng(0), augment=Augment(flip=True, crop=1), draws=rng(1)))
     assert np.array_equal(np_state, np.random.get_state()[1]) and torch.equal(torch_state, torch.get_rng_state())
 
 @pytest.mark.parametrize('name', ['valid_fraction', 'test_fraction'])
@@ -295,10 +297,10 @@ def test_printed_letters_repeat_and_scale():
 
 def test_every_font_has_every_letter():
     "A missing glyph is drawn as the same box for all letters."
-    glyphs = _glyphs(64)
-    for font in range(glyphs.shape[1]):
-        assert len({g.numpy().tobytes() for g in glyphs[:, font]}) == len(LETTERS)
-        assert (glyphs[:, font].flatten(1) > 127).sum(1).min() > 100
+    drawn = glyphs(64)
+    for font in range(drawn.shape[1]):
+        assert len({g.numpy().tobytes() for g in drawn[:, font]}) == len(LETTERS)
+        assert (drawn[:, font].flatten(1) > 127).sum(1).min() > 100
 
 def test_ten_thousand_letters_are_quick():
     printed(1)
@@ -320,7 +322,7 @@ def by_hand(image, channels, mean, std):
 def test_batches_equal_a_loop_over_images(stored, channels):
     s = from_arrays(gen.integers(0, 256, (10, 8, 8, stored), dtype=np.uint8), np.arange(10) % 2)
     mean, std, index = [0.485, 0.456, 0.406][:channels], [0.229, 0.224, 0.225][:channels], np.array([7, 2, 2, 9, 0])
-    out = list(Batches(s, index, batch_size=2, size=8, channels=channels, mean=mean, std=std))
+    out = list(Batches(s, Format(channels, mean, std, 8), index, batch_size=2))
     got = torch.cat([b for b, _ in out])
     assert got.dtype == torch.float32 and [len(b) for b, _ in out] == [2, 3]
     assert np.allclose(got, [by_hand(s.images[i].numpy(), channels, mean, std) for i in index], atol=1e-5)
@@ -329,18 +331,18 @@ def test_batches_equal_a_loop_over_images(stored, channels):
 def test_resizing_is_antialiased_bilinear():
     "Halving an 8x8 image by the antialiased filter weighs 1, 3, 3, 1 in each direction, cut off at the border."
     s = from_arrays(gen.integers(0, 256, (3, 8, 8), dtype=np.uint8), np.arange(3) % 2)
-    (got, _), = Batches(s, size=4, channels=1, mean=0., std=1.)
+    (got, _), = Batches(s, Format(1, 0., 1., 4))
     w = np.zeros((4, 8))
     for i in range(4):
         for d, v in zip(range(-1, 3), (1, 3, 3, 1)):
             if 0 <= 2*i + d < 8: w[i, 2*i + d] = v
     w /= w.sum(1, keepdims=True)
     assert np.allclose(got[:, 0], w @ (s.images[:, 0].numpy()/255) @ w.T, atol=1e-6)
-    (grey, _), = Batches(s, size=20, channels=3, mean=0., std=1.)
+    (grey, _), = Batches(s, Format(3, 0., 1., 20))
     assert grey.shape == (3, 3, 20, 20) and torch.equal(grey[:, 0], grey[:, 2])
 
 S = from_arrays(gen.integers(0, 256, (400, 6, 4), dtype=np.uint8), np.arange(400) % 2)
-def vary(how, seed=0, data=S, **kw): return Batches(data, **dict(batch_size=32, size=4, channels=1, mean=0.5, std=0.5) | kw, augment=how, draws=rng(seed, 'augment') if how else None)
+def vary(how, seed=0, data=S, **kw): return Batches(data, Format(1, 0.5, 0.5, 4), **dict(batch_size=32) | kw, augment=how, draws=rng(seed, 'augment') if how else None)
 def images(batches): return torch.cat([b[0] for b in batches])
 
 def moved(a, down, right, mirrored):
@@ -396,7 +398,7 @@ class Noted:
 @pytest.mark.parametrize('how', [None, Augment(flip=True), Augment(flip=True, crop=2, views=3)])
 def test_stored_gates_are_those_of_the_pictures_shown(how):
     index = rng(0).permutation(400)[:75]
-    make = lambda gates, shuffle: vary(how, index=index, gates=gates, shuffle=rng(5) if shuffle else None)
+    make = lambda gates, shuffle: vary(how, index=index, stored_gates=gates, shuffle=rng(5) if shuffle else None)
     for shuffle in (False, True):
         with_gates, without = list(make(Noted(), shuffle)), list(make(None, shuffle))
         assert [len(b) for b in with_gates] == [3]*3 and [len(b) for b in without] == [2]*3 and (make(Noted(), shuffle).n_inp, make(None, shuffle).n_inp) == (2, 1)
@@ -408,11 +410,11 @@ def test_stored_gates_are_those_of_the_pictures_shown(how):
         assert sorted(torch.cat([g['image'] for _, g, _ in with_gates]).tolist()) == sorted(index.tolist())
 
 def test_augmenting_needs_a_stream():
-    with pytest.raises(InputError, match='draws'): Batches(S, size=4, channels=1, mean=0.5, std=0.5, augment=Augment(flip=True))
+    with pytest.raises(InputError, match='draws'): Batches(S, Format(1, 0.5, 0.5, 4), augment=Augment(flip=True))
 
 def test_shuffle_is_a_new_permutation_each_epoch_and_replays():
     s, index = from_arrays(np.arange(50, dtype=np.uint8).reshape(50, 1, 1), np.arange(50) % 2), np.arange(5, 45)
-    make = lambda: Batches(s, index, batch_size=8, size=1, channels=1, mean=0., std=1/255, shuffle=rng(0, 'order'))
+    make = lambda: Batches(s, Format(1, 0., 1/255, 1), index, batch_size=8, shuffle=rng(0, 'order'))
     epoch = lambda b: torch.cat([i for i, _ in b]).flatten().round().long().tolist()
     a, b = make(), make()
     one, two = epoch(a), epoch(a)
@@ -424,24 +426,24 @@ def test_shuffle_is_a_new_permutation_each_epoch_and_replays():
 @pytest.mark.parametrize('n', range(1, 12))
 @pytest.mark.parametrize('bs', [1, 2, 3, 5, 20])
 def test_no_batch_of_one_unless_there_is_no_other_way(n, bs):
-    b = Batches(from_arrays(np.zeros((12, 2, 2), np.uint8), np.arange(12) % 2), np.arange(n), batch_size=bs, size=2, channels=1, mean=0., std=1.)
+    b = Batches(from_arrays(np.zeros((12, 2, 2), np.uint8), np.arange(12) % 2), Format(1, 0., 1., 2), np.arange(n), batch_size=bs)
     sizes = [len(t) for _, t in b]
     assert sum(sizes) == n and len(sizes) == len(b) and max(sizes) <= bs + 1
     assert 1 not in sizes or n == 1 or bs == 1
 
 def test_batches_share_the_images_and_look_like_a_loader():
     s = from_arrays(x, y)
-    clients = [Batches(s, np.arange(i, 60, 4), batch_size=4, size=6, channels=3, mean=0.5, std=0.5) for i in range(4)]
+    clients = [Batches(s, Format(3, 0.5, 0.5, 6), np.arange(i, 60, 4), batch_size=4) for i in range(4)]
     assert {c.images.data_ptr() for c in clients} == {s.images.data_ptr()}
     assert (clients[0].bs, clients[0].n_inp, len(clients[0].dataset)) == (4, 1, 15)
-    assert list(Batches(s, [], size=6, channels=3, mean=0.5, std=0.5)) == []
+    assert list(Batches(s, Format(3, 0.5, 0.5, 6), [])) == []
 
 @pytest.mark.parametrize('kwargs, word', [
     (dict(index=[0, 60]), 'index must be from 0 to 59, got 0 to 60'), (dict(index=[-1]), 'got -1 to -1'),
     (dict(index=y == 0), 'got bool'), (dict(index=[[0, 1]]), '(1, 2)'), (dict(batch_size=0), 'batch_size 0'),
     (dict(mean=[0.5, 0.5]), 'mean must be one number or one for each of the 3 channels, got 2'), (dict(std=[0.5]*4), 'std must be')])
 def test_bad_arguments_of_batches(kwargs, word):
-    with pytest.raises(InputError) as e: Batches(from_arrays(x, y), **(dict(size=6, channels=3, mean=0.5, std=0.5) | kwargs))
+    with pytest.raises(InputError) as e: Batches(from_arrays(x, y), Format(3, kwargs.pop('mean', 0.5), kwargs.pop('std', 0.5), 6), **kwargs)
     assert word in str(e.value)
 
 def test_contact_sheet_lays_the_images_out_in_rows():

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from fedsq_nb.client.backbones import ResCNN, backbone, freeze_statistics
+from fedsq_nb.client.backbones import backbone, freeze_statistics
+from fedsq_nb.data.example import ResCNN
 from fedsq_nb.core import InputError, load_state, save_state, seeded, state_hash
-from fedsq_nb.gating.dualcopy import DualCopy, gate_function, trace
-from fedsq_nb.gating.gates import disagreement, pack, slots_of, unpack
+from fedsq_nb.gating.dualcopy import DualCopy
+from fedsq_nb.gating.graph import gate_function, trace
+from fedsq_nb.gating.cache import pack, slots_of, unpack
+from fedsq_nb.gating.gates import disagreement
 
 cases = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)

@@ -10,11 +10,12 @@ import fedsq_nb.cli
 from fedsq_nb.server.aggregate import weighted_mean
 from fedsq_nb.cli import main
 from fedsq_nb.core import InputError, Update, copy_state, rng, save_state, state_hash
-from fedsq_nb.study.config import Config
-from fedsq_nb.study.experiment import compare, load_task, run
+from fedsq_nb.study.config import Config, read_toml
+from fedsq_nb.study.experiment import compare, run
+from fedsq_nb.study.task import load_task
 from fedsq_nb.study.methods import METHODS
 from fedsq_nb.engine.execute import Processes, serial
-from fedsq_nb.engine.federate import Federation, RoundVoid
+from fedsq_nb.engine.federate import Federation, Limits, RoundVoid, Sampling
 
 SMALL = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=4, alpha=1., min_size=4, batch_size=8, max_train=60, valid_fraction=.05, test_fraction=.05)
 START = {'w': torch.tensor([1., -2., 3.]), 'b': torch.tensor([[.5]]), 'seen': torch.tensor(0), 'none': torch.zeros(0, 2), 'half': torch.ones(3, dtype=torch.bfloat16)}
@@ -65,7 +66,7 @@ def test_the_same_bits_for_any_number_of_workers(method, variety, tmp_path):
     if settings.get('cache') == 'folder': settings = settings | dict(cache=str(tmp_path))
     task, runs = task_of(**settings), []
     for workers in (1, 2, 4):
-        config = dataclasses.replace(task.config, workers=workers, client_seconds=60.)
+        config = task.config.replace(workers=workers, client_seconds=60.)
         runs.append(run(dataclasses.replace(task, config=config), method, 0, .02))
     assert runs[0].rows[-1]['clients_ok'] == (settings.get('per_round') or 4)
     for other in runs[1:]: assert timeless(other.rows) == timeless(runs[0].rows) and state_hash(other.state) == state_hash(runs[0].state)
@@ -173,7 +174,7 @@ def test_a_process_that_is_killed_between_rounds_costs_nothing():
 @pytest.mark.parametrize('fault', ['raises', 'is killed', 'hangs'])
 def test_too_few_good_clients_make_the_round_void(fault):
     with Processes(2, time_limit=.3) as pool:
-        fed = federation(faulty(FAULTS[fault][0], bad=(0, 2, 3), rounds=(2,)), 4, min_clients=2, execute=pool)
+        fed = federation(faulty(FAULTS[fault][0], bad=(0, 2, 3), rounds=(2,)), 4, limits=Limits(min_clients=2), execute=pool)
         fed.fit(1)
         before, state = state_hash(fed.state), fed.state
         with pytest.raises(RoundVoid, match='round 2: 3 of 4 clients failed'): fed.fit(1)
@@ -284,8 +285,8 @@ class Momentum:
 
 def kept(folder, rounds=3, key='k', n=4, **kwargs):
     "A federation that writes a checkpoint after each round."
-    fed = federation(step, n, rule=Momentum(), per_round=2, once_bytes=7, **kwargs)
-    fed.on_round = lambda: fed.save(folder, key)
+    fed = federation(step, n, rule=Momentum(), sampling=Sampling(2), first_contact_bytes=7, **kwargs)
+    fed.listeners.on_round = lambda: fed.save(folder, key)
     if rounds: fed.fit(rounds)
     return fed
 
@@ -295,7 +296,7 @@ def restored(folder, key='k', n=4):
     return fed, fed.restore(folder, key, said.append), said
 
 def same(a, b):
-    assert timeless(a.rows) == timeless(b.rows) and state_hash(a.state) == state_hash(b.state) and a.met == b.met
+    assert timeless(a.rows) == timeless(b.rows) and state_hash(a.state) == state_hash(b.state) and a.memory.seen_clients == b.memory.seen_clients
     assert a.rule.steps == b.rule.steps and a.rule.note == b.rule.note
     assert (a.rule.velocity is None) == (b.rule.velocity is None) and (a.rule.velocity is None or torch.equal(a.rule.velocity, b.rule.velocity))
 
@@ -305,9 +306,9 @@ def test_a_restored_run_ends_as_one_that_went_through(rounds, tmp_path):
     first = kept(tmp_path/'a', rounds)
     again, found, said = restored(tmp_path/'a')
     assert found and said == [] and again.rows == first.rows
-    assert state_hash(again.state) == state_hash(first.state) and again.met == first.met and again.rule.note == first.rule.note
+    assert state_hash(again.state) == state_hash(first.state) and again.memory.seen_clients == first.memory.seen_clients and again.rule.note == first.rule.note
     again.fit(7 - rounds)
-    assert timeless(again.rows) == timeless(whole.rows) and state_hash(again.state) == state_hash(whole.state) and again.met == whole.met
+    assert timeless(again.rows) == timeless(whole.rows) and state_hash(again.state) == state_hash(whole.state) and again.memory.seen_clients == whole.memory.seen_clients
     assert torch.equal(again.rule.velocity, whole.rule.velocity) and again.rule.steps == 7
 
 def test_a_restored_state_keeps_its_order(tmp_path):
@@ -317,7 +318,7 @@ def test_a_restored_state_keeps_its_order(tmp_path):
     def train(state, client, round): return Update(client, round, {n: t * (1.1 + client) for n, t in state.items()}, 1)
     def fed(folder, execute):
         f = Federation(copy_state(start), 3, train, execute=execute)
-        f.on_round = lambda: f.save(folder, 'k')
+        f.listeners.on_round = lambda: f.save(folder, 'k')
         return f
     whole = fed(tmp_path/'whole', serial)
     whole.fit(8)
@@ -436,7 +437,7 @@ def finish(p):
 
 def rows_of(folder): return [json.loads(line) for line in (folder/'rounds.jsonl').read_text().splitlines()]
 def tree(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
-def config_in(folder): return {k: v for k, v in tomllib.loads((folder/'config.toml').read_text()).items() if k not in ('out', 'resume', 'workers')}
+def config_in(folder): return {k: v for k, v in read_toml(folder/'config.toml').items() if k not in ('out', 'resume', 'workers')}
 
 @functools.cache
 def uninterrupted(kind, folder):

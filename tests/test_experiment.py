@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from fedsq_nb.study import experiment as E
+from fedsq_nb.study import experiment as E, task as T
 from fedsq_nb.core import rng, state_hash
 from fedsq_nb.data.images import ImageSet
 from fedsq_nb.study.config import Config
@@ -85,13 +85,13 @@ def test_every_method_starts_from_the_same_network_on_the_same_partition(first, 
 @pytest.mark.parametrize('calibration', ['federated', 'centralised'])
 def test_the_test_part_influences_nothing(calibration, monkeypatch):
     config = Config(**TINY | dict(lr='auto', rates=(.01, .03), calibration=calibration, calibration_seeds=1, rounds=2, methods='fedavg,fedsq'))
-    load, gen = E.load_data, rng(0, 'test', 'noise')
+    load, gen = T.load_data, rng(0, 'test', 'noise')
     def spoiled(*args, **kwargs):
         splits = load(*args, **kwargs)
         noise = torch.from_numpy(gen.integers(0, 256, splits.test.images.shape, dtype='uint8'))
         return dataclasses.replace(splits, test=ImageSet(noise, splits.test.labels.flip(0), splits.test.classes))
     a = compare(config, say=quiet)
-    monkeypatch.setattr(E, 'load_data', spoiled)
+    monkeypatch.setattr(T, 'load_data', spoiled)
     b = compare(config, say=quiet)
     measured = 'test_accuracy', 'test_loss'
     assert same(rows_of(a, *measured), rows_of(b, *measured)) and not np.allclose(a.rows.test_loss, b.rows.test_loss)

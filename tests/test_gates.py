@@ -10,9 +10,11 @@ from torch import nn
 
 from fedsq_nb.core import InputError, seeded
 from fedsq_nb.gating.dualcopy import DualCopy
-from fedsq_nb.gating.gates import (SOFT, Slot, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer, apply_leaky, apply_multihead, apply_norm, apply_pool,
-                            apply_relu, apply_soft, apply_tangent, apply_weights, attention_weights, clamp_gate, disagreement, gelu_gate, group_scale, layer_scale,
-                            length_scale, mish_gate, multihead_weights, norm_scale, pack, pool_both, pool_gate, relu_gate, row_bytes, secant, slots_of, softplus_gate, unpack)
+from fedsq_nb.gating.cache import Slot, pack, row_bytes, slots_of, unpack
+from fedsq_nb.gating.gates import (SOFT, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer, apply_leaky,
+                                   apply_multihead, apply_norm, apply_pool, apply_relu, apply_soft, apply_tangent, apply_weights,
+                                   attention_weights, clamp_gate, disagreement, gelu_gate, group_scale, layer_scale, length_scale,
+                                   mish_gate, multihead_weights, norm_scale, pool_both, pool_gate, relu_gate, secant, softplus_gate)
 
 cases = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)

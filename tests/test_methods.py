@@ -8,8 +8,9 @@ import torch
 
 from fedsq_nb.core import InputError, Update, copy_state, norm, rng, state_hash, sub
 from fedsq_nb.study.config import Config
-from fedsq_nb.study.experiment import compare, load_task, run
-from fedsq_nb.engine.federate import Diverged, Federation, RoundVoid
+from fedsq_nb.study.experiment import compare, run
+from fedsq_nb.study.task import load_task
+from fedsq_nb.engine.federate import Diverged, Federation, Limits, RoundVoid
 from fedsq_nb.study.methods import METHODS, ServerContext, method_of
 
 TINY = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=7, alpha=1., min_size=4, batch_size=8, max_train=90, valid_fraction=.05, test_fraction=.05, workers=1, dp_noise=.01)
@@ -19,12 +20,13 @@ MIXED = ['fedsq+fedprox', 'fedsq+fedadam', 'fedsq+scaffold', 'fedsq+fedbn', 'fed
 @functools.cache
 def task_of(**settings): return load_task(Config(**TINY | dict(methods=('fedavg',)) | settings))
 
-def with_config(task, **settings): return dataclasses.replace(task, config=dataclasses.replace(task.config, **settings))
+def with_config(task, **settings): return dataclasses.replace(task, config=task.config.replace(**settings))
 def timeless(rows): return [{k: v for k, v in r.items() if not k.endswith('seconds')} for r in rows]
 def same(a, b):
     assert timeless(a.rows) == timeless(b.rows) and state_hash(a.state) == state_hash(b.state)
     assert {c: state_hash(s) for c, s in a.client_states.items()} == {c: state_hash(s) for c, s in b.client_states.items()}
-    assert a.met == b.met and a.behind == b.behind and state_hash(a.anchor or {}) == state_hash(b.anchor or {})
+    assert a.memory.seen_clients == b.memory.seen_clients and a.memory.outdated_clients == b.memory.outdated_clients
+    assert state_hash(a.memory.renewed_from or {}) == state_hash(b.memory.renewed_from or {})
 
 # ---- the same bits whoever trains, and after a stop
 
@@ -58,7 +60,7 @@ def final(method, **settings): return state_hash({n: t for n, t in run(task_of(*
 
 @pytest.mark.parametrize('method, settings', [
     ('fedprox', dict(mu=0.)), ('fedavgm', dict(server_momentum=0.)), ('moon', dict(moon_mu=0.)), 
-    ('clipped', dict(clip=1e9)), ('fedavg', dict(refresh=1)), ('fedavg', dict(gates='random'))])
+    ('clipped', dict(clip=1e9)), ('fedavg', dict(refresh=1)), ('fedavg', dict(gate_source='random'))])
 def test_methods_whose_setting_is_nothing_are_fedavg(method, settings):
     ways = [run(task_of(**settings), m, 0, .02) for m in (method, 'fedavg')]
     assert norm(sub(ways[0].state, ways[1].state)) <= 1e-5 * norm(sub(ways[1].state, run(task_of(**settings), 'fedavg', 0, .02, rounds=1).state))
@@ -70,7 +72,7 @@ def test_order_of_parts_does_not_matter(): assert final('fedsq+fedprox+fedadam')
 def test_gates_renewed_every_round_are_the_global_models():
     fed = run(task_of(), 'fedsq_refresh', 0, .02)
     assert all(v == 0 for v in run(task_of(rounds=1), 'fedsq_refresh', 0, .02).rows[0]['gate_disagreement'].values())
-    assert state_hash(fed.anchor) != state_hash(fed.state) and fed.anchor.keys() == fed.state.keys()
+    assert state_hash(fed.memory.renewed_from) != state_hash(fed.state) and fed.memory.renewed_from.keys() == fed.state.keys()
 
 # ---- bytes
 
@@ -118,7 +120,7 @@ def test_sampling_by_size_prefers_the_large():
 @pytest.mark.parametrize('settings, words', [
     (dict(fraction=.5, per_round=2), 'both say how many clients'), (dict(fraction=1.5), 'fraction 1.5 must be 1 or less'), (dict(client_dropout=-.1), 'dropout -0.1 must be'), (dict(stragglers=2), 'stragglers 2.0 must be'),
     (dict(sampling='sizes'), "did you mean 'size'"), (dict(compress='int9'), 'int9'), (dict(compress='topk:0'), 'topk'), (dict(dyn_alpha=0), 'dyn_alpha 0.0 must be a number above 0'),
-    (dict(methods='fedavg,fedavg+krm'), "did you mean 'krum'"), (dict(methods='krum+median'), 'both decide how the server averages'), (dict(gates='rand'), "did you mean 'random'")])
+    (dict(methods='fedavg,fedavg+krm'), "did you mean 'krum'"), (dict(methods='krum+median'), 'both decide how the server averages'), (dict(gate_source='rand'), "did you mean 'random'")])
 def test_settings_that_cannot_be(settings, words):
     with pytest.raises(InputError) as e: Config(**settings)
     assert words in str(e.value)
@@ -193,7 +195,7 @@ def test_control_variates_are_not_private():
 
 def test_limits_can_be_taken_away():
     far = lambda c, u: [(c, state_with(u, w=u.state['w'] + 1e6) if c == 4 else u)]
-    fed = Federation(copy_state(START), 10, lambda *a: None, execute=lambda t, s, cs, r: (p for c in cs for p in far(c, honest(c, r))), norm_limit=None)
+    fed = Federation(copy_state(START), 10, lambda *a: None, execute=lambda t, s, cs, r: (p for c in cs for p in far(c, honest(c, r))), limits=Limits(norm_limit=None))
     fed.fit(1)
     assert fed.rows[-1]['clients_ok'] == 10 and fed.state['w'].max() > 1e4
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
-from fedsq_nb.server.aggregate import FedAvg, screen_updates
+from fedsq_nb.server.aggregate import Failure, FailureKind, FedAvg, screen_updates
 from fedsq_nb.core import InputError, Update, copy_state, rng, state_hash
-from fedsq_nb.engine.federate import Federation
+from fedsq_nb.engine.federate import Federation, Sampling
 from fedsq_nb.server.robust import Bulyan, FedMedian, FedTrimmedAvg, GeometricMedian, Krum, MultiKrum, NormClipping
 from fedsq_nb.server.optimizers import FedAdagrad, FedAdam, FedAvgM, FedNova, FedYogi, ScaffoldAvg, with_control
 
@@ -47,7 +47,7 @@ def rounds(make, poison=None, bad=3, n=3):
         sent = [honest(state, c, t) for c in range(10) if c != bad]
         if poison: sent.insert(t % 10, poison(honest(state, bad, t)))
         good, failures = screen_updates(sent, state, round=t, norm_limit=100., weight_limit=1000.)
-        assert [f['client'] for f in failures] == ([bad] if poison else [])
+        assert [f.client for f in failures] == ([bad] if poison else [])
         state = rule.step(state, good)
     return state, rule.state_dict()
 
@@ -71,7 +71,7 @@ def test_a_client_that_sends_again_is_heard_once(rule, clean):
     for t in (1, 2, 3):
         sent = [honest(state, c, t) for c in range(10) if c != 3]
         good, failures = screen_updates([*sent, bias(1e3)(sent[2]), sent[2]], state, round=t, norm_limit=100., weight_limit=1000.)
-        assert failures == [{'client': 2, 'reason': 'duplicate of client 2'}]*2
+        assert failures == [Failure(2, FailureKind.INVALID, 'duplicate of client 2')]*2
         state = bare.step(state, good)
     assert same(state, clean[rule][0])
 
@@ -92,7 +92,7 @@ def test_the_model_keeps_its_names_types_and_shapes_and_the_inputs_their_bits(ru
 @pytest.mark.parametrize('rule', RULES)
 def test_a_run_that_stopped_goes_on_with_the_same_bits(rule, stop, tmp_path):
     "Through a checkpoint of the engine: tensors in a file, the rest in its note."
-    def federation(): return Federation(copy_state(START), 10, honest, rule=RULES[rule](), measure=lambda s: {'hash': state_hash(s)}, per_round=9, seed=4)
+    def federation(): return Federation(copy_state(START), 10, honest, rule=RULES[rule](), measure=lambda s: {'hash': state_hash(s)}, sampling=Sampling(9), seed=4)
     whole, first, second = federation(), federation(), federation()
     whole.fit(5)
     first.fit(stop)

@@ -14,7 +14,7 @@ from fedsq_nb.server.aggregate import FedAvg, weighted_mean
 from fedsq_nb.client.algorithms import FedDyn, Scaffold
 from fedsq_nb.server.optimizers import FedDynAvg, ScaffoldAvg, with_control
 from fedsq_nb.core import InputError, Update, copy_state, rng, state_hash
-from fedsq_nb.engine.federate import Federation
+from fedsq_nb.engine.federate import Federation, Limits, Sampling
 from fedsq_nb.client.learner import ClientContext, FedProx, LocalLearner, LocalLoss, LocalSGD, TrainMode
 
 fast = settings(max_examples=25, deadline=None)
@@ -238,7 +238,7 @@ class Quadratics:
 def end(callbacks, rule, rounds, steps, per_round=None, control=False, **kwargs):
     "Where the federation arrives, and how far it went in its last round."
     start = {'w': torch.zeros(3).double()}
-    fed = Federation(with_control(start, ['w']) if control else start, N, Quadratics(callbacks, steps, **kwargs), rule=rule, per_round=per_round, seed=4, norm_limit=None)
+    fed = Federation(with_control(start, ['w']) if control else start, N, Quadratics(callbacks, steps, **kwargs), rule=rule, sampling=Sampling(per_round), seed=4, limits=Limits(norm_limit=None))
     fed.fit(rounds - 1)
     before = fed.state['w'].numpy()
     fed.fit(1)

@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedsq_nb.core import InputError
-from fedsq_nb.data.partition import (_round_table, by_column, card, check_card, class_counts, cut, deal, dirichlet, effective_classes, heat_map, iid, label_distance,
-                                label_skew, load_card, niid_bench, niid_bench_labels, partition_hash, quantity_skew, save_card, shards, split_clients)
+from fedsq_nb.data.niid_bench import niid_bench, niid_bench_labels
+from fedsq_nb.data.partition import (round_table, by_column, card, check_card, class_counts, cut, deal, dirichlet, effective_classes, heat_map, iid, label_distance,
+                                label_skew, load_card, partition_hash, quantity_skew, save_card, shards, split_clients)
 
 matplotlib.use('agg')
 import matplotlib.pyplot as plt
@@ -464,11 +465,11 @@ def test_split_clients_keeps_each_clients_prior(labels, n_clients, fractions, se
 def test_rounding_keeps_all_sums(counts, fractions, seed):
     assume(counts.sum())
     f = np.array(fractions)
-    table, exact = _round_table(counts, f, np.random.default_rng(seed)), np.outer(counts, f)
+    table, exact = round_table(counts, f, np.random.default_rng(seed)), np.outer(counts, f)
     assert (table.sum(1) == counts).all() and (np.abs(table - exact) < 1).all() and (np.abs(table.sum(0) - exact.sum(0)) < 1).all()
 
 def test_rounding_up_is_by_lot_where_remainders_are_equal():
-    seen = np.mean([_round_table(np.ones(10, int), np.array([.8, .1, .1]), np.random.default_rng(s)) for s in range(400)], 0)
+    seen = np.mean([round_table(np.ones(10, int), np.array([.8, .1, .1]), np.random.default_rng(s)) for s in range(400)], 0)
     assert np.abs(seen - [.8, .1, .1]).max() < 0.07
 
 def test_a_clients_split_is_its_own():

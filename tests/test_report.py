@@ -31,12 +31,13 @@ histories = st.integers(1, 5).flatmap(lambda n: st.integers(1, 5).flatmap(lambda
 
 def two_methods(h): return [r for s, (a, b) in enumerate(h) for r in run('fedavg', s, a) + run('fedsq', s, b)]
 
-def oracle(x):
+def oracle(x, low=-np.inf, high=np.inf):
+    "Student's interval, cut where no mean can lie."
     x, n = np.array(x), len(x)
     mean = sum(x) / n
     if n == 1: return mean, np.nan, np.nan
     half = T975[n] * np.sqrt(sum((x - mean) ** 2) / (n - 1)) / np.sqrt(n)
-    return mean, mean - half, mean + half
+    return mean, max(mean - half, low), min(mean + half, high)
 
 def write(folder, rows, cut=0, **files):
     text = ''.join(json.dumps(r) + '\n' for r in rows)
@@ -49,9 +50,9 @@ def write(folder, rows, cut=0, **files):
 def test_means_intervals_and_paired_differences_match_the_oracle(h):
     s = R.summary(pd.DataFrame(two_methods(h))).set_index('method')
     a, b = [max(x) for x, _ in h], [max(y) for _, y in h]
-    for line, name, want in [('fedavg', 'best_val', a), ('fedsq', 'best_val', b), ('fedsq', 'diff_val', np.subtract(b, a))]:
+    for line, name, want, low in [('fedavg', 'best_val', a, 0), ('fedsq', 'best_val', b, 0), ('fedsq', 'diff_val', np.subtract(b, a), -1)]:
         got = [s.loc[line, name + end] for end in ('', '_lo', '_hi')]
-        np.testing.assert_allclose(np.array(got, float), oracle(want), atol=1e-7)
+        np.testing.assert_allclose(np.array(got, float), oracle(want, low, 1), atol=1e-7)
     assert s.loc['fedsq', 'pairs'] == len(h) and np.isnan(s.loc['fedavg', 'diff_val'])
 
 @settings(max_examples=40, deadline=None)
@@ -89,7 +90,7 @@ def test_a_method_with_a_diverged_seed_has_no_means(h, data):
     last = len(h[0][0])
     rows = [r for r in two_methods(h) if (r['method'], r['seed'], r['round']) != (method, seed, last)] + [row(method, seed, last, None)]
     s = R.summary(pd.DataFrame(rows)).set_index('method')
-    assert s.loc[method, R._MEASURES].isna().all() and s.loc[method, 'note'] == f'diverged in 1 of {len(h)} seeds, first at round {last}'
+    assert s.loc[method, R.MEASURES].isna().all() and s.loc[method, 'note'] == f'diverged in 1 of {len(h)} seeds, first at round {last}'
     assert s.loc[['fedavg', 'fedsq'], ['diff_val', 'diff_test']].isna().all(axis=None)
     other = {'fedavg': 'fedsq', 'fedsq': 'fedavg'}[method]
     assert s.loc[other, 'best_val'] == pytest.approx(np.mean([max(x[other == 'fedsq']) for x in h]))
@@ -154,7 +155,7 @@ def test_records_are_json_and_agree_with_the_summary():
 @given(st.lists(st.lists(st.text('abc 0123456789.,[]|', max_size=45), min_size=4, max_size=4), min_size=1, max_size=4), st.integers(30, 120))
 def test_text_tables_fit_and_lose_no_character(cells, width):
     df = pd.DataFrame(cells, columns=['method', 'b', 'c', 'd'])
-    lines = R.text_table(df, width).split('\n')
+    lines = R.one_table(df, width).split('\n')
     assert max(map(len, lines)) <= width
     bare = lambda s: sorted(s.replace(' ', ''))
     assert bare(''.join(l for l in lines if set(l) != {'-'})) == bare(''.join(df.columns) + ''.join(sum(cells, [])))
@@ -232,3 +233,108 @@ def test_an_edge_is_seen_only_at_an_edge():
     assert R.edge_warnings(grid(.01, [.1, .001, .01])) == []
     assert 'smallest' in R.edge_warnings(grid(.001, [.1, .001, .01]))[0]
     assert 'only' in R.edge_warnings(grid(.01, [.01]))[0]
+
+def test_an_interval_ends_where_the_measure_ends():
+    "Two seeds, eight rounds: no accuracy beyond 0 to 100%, no round before the first or after the last, and every cut is marked."
+    rows = pd.DataFrame(run('fedavg', 0, [.99, *[.2] * 7]) + run('fedavg', 1, [.1, *[.2] * 6, .3]))
+    s = R.summary(rows).iloc[0]
+    assert (s.best_val_lo, s.best_val_hi, s.best_val_cut_lo, s.best_val_cut_hi) == (0, 1, True, True)
+    assert (s.best_round_lo, s.best_round_hi) == (1, 8)
+    line = R.table(rows).iloc[0]
+    assert line['best val %'] == '64.5 [0.0\u2020, 100.0\u2020]' and line['at round'] == '4.5 [1\u2020, 8\u2020]'
+    assert any(note.startswith('\u2020') for note in R.notes(rows))
+
+def test_an_end_that_was_reached_and_not_cut_is_not_marked():
+    rows = pd.DataFrame(run('fedavg', 0, [.5, .6]) + run('fedavg', 1, [.5, .6]))
+    assert R.table(rows).iloc[0]['at round'] == '2.0 [2, 2]' and not any(n.startswith('\u2020') for n in R.notes(rows))
+
+@settings(max_examples=40, deadline=None)
+@given(histories)
+def test_every_interval_lies_within_its_bounds(h):
+    s = R.summary(pd.DataFrame(two_methods(h)))
+    for name, (low, high) in {'best_val': (0, 1), 'last_val': (0, 1), 'best_round': (1, len(h[0][0])), 'diff_val': (-1, 1)}.items():
+        ends = s[[f'{name}_lo', f'{name}_hi']].to_numpy(float)
+        assert np.all((ends >= low) & (ends <= high) | np.isnan(ends))
+
+THREE = pd.DataFrame([r for s in range(3) for m, v in [('fedavg', [.5, .6]), ('fedsq_random+fedadam', [.9, .2 * s]), ('moon', [.5, None])]
+                      for r in run(m, s, v)])
+
+@pytest.mark.parametrize('width', [80, 120, 200])
+def test_a_table_fits_the_terminal_and_breaks_no_interval_and_no_name(width, monkeypatch):
+    monkeypatch.setenv('COLUMNS', str(width))
+    df = R.table(THREE)
+    text = R.text_table(df)
+    assert max(map(len, text.split('\n'))) <= width
+    for cell in df.to_numpy().ravel():
+        pieces = [cell] if cell.startswith('diverged') else cell.split(' [')
+        assert cell.startswith('diverged') or all(piece in text for piece in pieces), cell
+    assert (text.count('fedsq_random+fedadam') == 1) == (width == 200)  # in each of several tables
+
+EXTRA = dict(gap=.5, gap_crossing=.25, clients_before=.8, clients_before_worst=.6, clients_after=.7, clients_after_worst=.3)
+
+def test_what_averaging_does_is_shown_when_it_was_measured(tmp_path):
+    rows = [r | (EXTRA if r['round'] else {}) for m in ('fedavg', 'fedsq') for r in run(m, 0, [.5, .6])]
+    df = pd.DataFrame(rows)
+    assert R.averaging(df).loc['fedsq'].to_dict() == EXTRA
+    told = next(n for n in R.notes(df) if n.startswith('fedsq:'))
+    assert all(t in told for t in ('gap 0.5', 'flipped gates 0.25', '80.0%', '60.0%', '70.0%', '30.0%'))
+    assert len(R.averaging_curves(df).axes) == 6
+    page = Page(R.report(write(tmp_path, rows)).read_text())
+    assert 'What averaging does' in page.text and told in page.text
+    plain = pd.DataFrame(run('fedavg', 0, [.5]))
+    assert R.averaging_notes(plain) == [] and R.averaging_part(plain) == []
+
+def test_a_partition_is_named_with_its_own_settings_only(tmp_path):
+    config = 'data = "digits"\nclients = 10\nalpha = 0.1\nclasses_per_client = 2\npartition = "{}"\n'
+    pages = {kind: Page(R.report(write(tmp_path, run('fedavg', 0, [.5]), config__toml=config.format(kind))).read_text()).text.split('Results')[0]
+             for kind in ('iid', 'dirichlet', 'shards')}
+    assert 'partition iid' in pages['iid'] and 'alpha' not in pages['iid']
+    assert 'alpha 0.1' in pages['dirichlet'] and 'classes_per_client' not in pages['dirichlet']
+    assert 'classes_per_client 2' in pages['shards'] and 'alpha' not in pages['shards']
+
+def test_every_partition_has_a_line_saying_what_it_looks_at():
+    from fedsq_nb.study.settings import PARTITIONS
+    assert set(R.PARTITION_SETTINGS) == set(PARTITIONS)
+
+def test_failures_have_a_kind_and_only_rows_without_one_are_read_for_it():
+    bad = [dict(client=0, kind='error', reason='disk quota is finite, but it is not finite enough'), dict(client=1, reason='loss is not finite'),
+           dict(client=2, reason='dropped out (simulated)'), dict(client=3, reason="w has shape (2,), expected (3,)")]
+    assert R.failures(pd.DataFrame([row('fedavg', 0, 1, .5, failures=bad)])).kind.tolist() == ['error', 'diverged', 'absent', 'invalid']
+
+def test_names_are_text_and_no_formulas(tmp_path):
+    evil = '$x^{$'
+    rows = [r | dict(gate_disagreement={evil: .1}) for m in (evil, 'fedavg') for r in run(m, 0, [.5, .6])]
+    write(tmp_path, rows, partition__json=json.dumps(dict(classes=[evil, 'two'], counts={'0': [[1, 2], [3, 4]]})))
+    assert Page(R.report(tmp_path).read_text()).text.count(evil) > 0
+    for fig in (R.curves(pd.DataFrame(rows)), R.gate_maps(pd.DataFrame(rows)), R.partition_maps(tmp_path)): assert fig._repr_png_()
+
+def test_any_number_of_methods_can_be_told_apart():
+    from fedsq_nb.study.methods import METHODS
+    for names in (list(METHODS), [f'method {i}' for i in range(300)]):
+        styles = R.method_styles(names)
+        assert len({str(s) for s in styles.values()}) == len(names)
+    few, many = R.method_styles(['moon', 'fedsq+fedadam']), R.method_styles(METHODS)
+    assert few['moon'] != few['fedsq+fedadam']
+    for name in few: assert {k: few[name][k] for k in ('color', 'linestyle')} == {k: many.get(name, few[name])[k] for k in ('color', 'linestyle')}
+
+def test_a_curve_under_another_is_wider_than_it():
+    rows = pd.DataFrame([r for m in ('fedavg', 'fedprox', 'moon') for r in run(m, 0, [.5, .6])])
+    widths = [line.get_linewidth() for line in R.curves(rows).axes[0].lines]
+    assert len(widths) == 3 and widths == sorted(widths, reverse=True) and len(set(widths)) == 3
+
+@pytest.mark.parametrize('before', ['', 'import matplotlib.pyplot as plt\n'])
+def test_a_bare_figure_appears_once_in_a_new_notebook(tmp_path, before):
+    import os, subprocess, sys
+    from pathlib import Path
+    write(tmp_path, run('fedavg', 0, [.5, .6]) + run('fedsq', 0, [.5, .7]), partition__json=json.dumps(dict(counts={'0': [[1, 2], [3, 4]]})))
+    sources = [before + f'from fedsq_nb.study.report import *\nrows = read_rows({str(tmp_path)!r})',
+               'curves(rows)', 'gate_maps(rows)', f'partition_maps({str(tmp_path)!r})', 'curves(rows).show()', 'figure = curves(rows)']
+    cell = lambda s: dict(cell_type='code', id=f'c{abs(hash(s))}', metadata={}, source=s, outputs=[], execution_count=None)
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    (tmp_path/'new.ipynb').write_text(json.dumps(dict(cells=list(map(cell, sources)), metadata=kernel, nbformat=4, nbformat_minor=5)))
+    env = {k: v for k, v in os.environ.items() if k != 'MPLBACKEND'} | dict(PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+    script = Path(sys.executable).with_name('exec_nb')
+    subprocess.run([sys.executable, str(script), 'new.ipynb', '--dest', 'done.ipynb'], cwd=tmp_path, env=env, check=True, capture_output=True)
+    cells = json.loads((tmp_path/'done.ipynb').read_text())['cells']
+    assert not [o for c in cells for o in c['outputs'] if o['output_type'] == 'error']
+    assert [sum('image/png' in o.get('data', {}) for o in c['outputs']) for c in cells] == [0, 1, 1, 1, 1, 0]

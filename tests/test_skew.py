@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from fedsq_nb.core import InputError
 from fedsq_nb.data.images import ImageSet
 from fedsq_nb.data.partition import dirichlet
-from fedsq_nb.data.skew import KINDS, _add_noise, _tint, _turn, as_clients_see, feature_skew, looks
+from fedsq_nb.data.skew import KINDS, add_noise, tint, turn, as_clients_see, feature_skew, looks
 
 matplotlib.use('agg')
 import matplotlib.pyplot as plt
@@ -91,29 +91,29 @@ def test_noise_is_gaussian_of_the_promised_spread():
 
 def test_noise_stops_at_black_and_white():
     x = torch.tensor([0, 255], dtype=torch.uint8).repeat(500).view(1, 1, 10, 100)
-    out = _add_noise(x, np.array([0.3]), np.random.default_rng(0)).float()
+    out = add_noise(x, np.array([0.3]), np.random.default_rng(0)).float()
     assert 0.4 < (out[x == 0] == 0).float().mean() < 0.6 and 0.4 < (out[x == 255] == 255).float().mean() < 0.6
 
 @fast
 @given(st.floats(-180, 180), st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 3]), seeds)
-def test_turning_is_scipys_linear_rotation(angle, h, w, channels, seed):
+def testturning_is_scipys_linear_rotation(angle, h, w, channels, seed):
     x = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, channels, h, w), dtype=np.uint8))
     oracle = scipy.ndimage.rotate(x.numpy().astype(float), angle, axes=(3, 2), reshape=False, order=1, mode='grid-constant', cval=0)
-    assert np.abs(_turn(x, [angle]).numpy() - oracle).max() < 0.51 # rounding, and float32 for the grid
+    assert np.abs(turn(x, [angle]).numpy() - oracle).max() < 0.51 # rounding, and float32 for the grid
 
-def test_quarter_turns_lose_nothing():
+def test_quarterturns_lose_nothing():
     x = image_set(4, 3, 6, 6).images
-    for k in range(-2, 3): assert torch.equal(_turn(x, [90*k]), torch.rot90(x, k, (2, 3)))
+    for k in range(-2, 3): assert torch.equal(turn(x, [90*k]), torch.rot90(x, k, (2, 3)))
 
 @fast
 @given(st.floats(0, 1), st.sampled_from([1, 3]), seeds)
-def test_tinting_is_a_gain_and_an_offset_for_each_channel(strength, channels, seed):
+def testtinting_is_a_gain_and_an_offset_for_each_channel(strength, channels, seed):
     x, look = image_set(5, channels).images, looks('colour', strength, 4, channels, seed=seed)
     gain, offset = look[:, :channels], look[:, channels:]
     assert look.shape == (4, 2*channels) and (np.abs(gain - 1) <= strength).all() and (np.abs(offset) <= strength/2).all()
     for i in range(4):
         oracle = np.clip(x.numpy()*gain[i][:, None, None] + 255*offset[i][:, None, None], 0, 255)
-        assert np.abs(_tint(x, look[i]).numpy() - oracle).max() < 0.501
+        assert np.abs(tint(x, look[i]).numpy() - oracle).max() < 0.501
 
 @fast
 @given(st.floats(0.1, 180), seeds)

@@ -57,12 +57,12 @@ class Method:
 # %% ../../nbs/70_study.methods.ipynb #d14d3d78
 def gated(
     model: nn.Module, # Pretrained network
-    config: Any, # Settings: pool, excite, attention, norm, unknown, plain_sites, gates, gated
+    config: Any, # Settings: pool, excite, attention, norm, unknown, plain_sites, gate_source, gated_sites
 ) -> DualCopy:
     "FedSQ's parametrisation."
     options = dict(pool=config.pool, excite=config.excite, attention=config.attention, norm=config.norm, unknown=config.unknown)
-    plain = ','.join(filter(None, [config.plain_sites, *([] if config.gated == 'all' else _half(DualCopy(model, **options), config.gated))]))
-    if config.gates == 'own': return DualCopy(model, plain=plain, **options)
+    plain = ','.join(filter(None, [config.plain_sites, *([] if config.gated_sites == 'all' else _half(DualCopy(model, **options), config.gated_sites))]))
+    if config.gate_source == 'own': return DualCopy(model, plain=plain, **options)
     dc = DualCopy(_forgetful(model, config.seed), plain=plain, **options)
     dc.quantitative.load_state_dict(model.state_dict())
     return dc
@@ -106,8 +106,8 @@ def suspicious(kind: type, s: ServerContext) -> Any: return kind(s.config.malici
 METHODS = {
     'fedavg': Method(),
     'fedsq': Method(parametrise=gated), 'fedsq_refresh': Method(parametrise=gated, settings=(('refresh', 1),)),
-    'fedsq_lower': Method(parametrise=gated, settings=(('gated', 'lower'),)), 'fedsq_upper': Method(parametrise=gated, settings=(('gated', 'upper'),)),
-    'fedsq_maxpool': Method(parametrise=gated, settings=(('pool', 'max'),)), 'fedsq_random': Method(parametrise=gated, settings=(('gates', 'random'),)),
+    'fedsq_lower': Method(parametrise=gated, settings=(('gated_sites', 'lower'),)), 'fedsq_upper': Method(parametrise=gated, settings=(('gated_sites', 'upper'),)),
+    'fedsq_maxpool': Method(parametrise=gated, settings=(('pool', 'max'),)), 'fedsq_random': Method(parametrise=gated, settings=(('gate_source', 'random'),)),
     'head': Method(parametrise=only_the_head),
     'fedprox': Method(callbacks=proximal), 'scaffold': Method(callbacks=controlled, around=controlling, control=True), 'moon': Method(callbacks=contrasting),
     'feddyn': Method(callbacks=dynamic, rule=dynamic_mean), 'fedlc': Method(callbacks=margins_of), 'balanced': Method(callbacks=balanced), 'fedbn': Method(at_home=norm_names),
