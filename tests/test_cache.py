@@ -382,8 +382,8 @@ def test_every_change_has_a_key_of_its_own():
     crop = dict(flip=True, crop=2, views=3, seed=1)
     keys = {'as it is': key(), 'one pixel': key(batches=shown(pixel(0, 0, 0, 0))), 'another pixel': key(batches=shown(pixel(N-1, 2, 7, 7))),
             'order': key(batches=shown(DATA.subset([1, 0, *range(2, N)]))), 'fewer': key(batches=shown(DATA.subset(range(N-1)))),
-            'size': key(batches=shown(size=9)), 'mean': key(batches=shown(mean=(.5, .4, .30001))), 'std': key(batches=shown(std=(.25, .3, .21))),
-            'swapped': key(batches=shown(mean=FORM.std, std=FORM.mean)), 'batch size': key(batches=shown(batch_size=BS+1)),
+            'size': key(batches=shown(form=FORM._replace(size=9))), 'mean': key(batches=shown(form=FORM._replace(mean=(.5, .4, .30001)))), 'std': key(batches=shown(form=FORM._replace(std=(.25, .3, .21)))),
+            'swapped': key(batches=shown(form=FORM._replace(mean=FORM.std, std=FORM.mean))), 'batch size': key(batches=shown(batch_size=BS+1)),
             'flip': key(batches=shown(how=Augment(flip=True))), 'views': key(batches=shown(how=Augment(**crop))),
             'other views': key(batches=shown(how=Augment(**crop | dict(seed=2)))), 'more views': key(batches=shown(how=Augment(**crop | dict(views=4)))),
             'views by flips': key(batches=shown(how=Augment(flip=True, views=2))), 'wider': key(batches=shown(how=Augment(**crop | dict(crop=3)))),

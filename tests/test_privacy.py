@@ -319,3 +319,11 @@ def test_updates_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="was given 'm/w'"): quiet(1.).load_state_dict({'m/w': torch.zeros(1)})
 
 def test_it_shows_its_settings(): assert repr(PrivateFedAvg(1., 0.5, 10, 3)) == 'PrivateFedAvg(clip=1.0, noise_multiplier=0.5, clients=10, seed=3)'
+
+
+@accounted
+def test_the_tighter_accountant_says_less():
+    "One training by both accountants: what is said falls by four tenths, and neither says less than nothing."
+    assert epsilon(1., 100, 0.01, 1e-5, 'pld') == pytest.approx(0.718, abs=0.01)
+    assert epsilon(1., 100, 0.01, 1e-5) == epsilon(1., 100, 0.01, 1e-5, 'rdp') == pytest.approx(1.214, abs=0.01)
+    with pytest.raises(InputError, match='accountant'): epsilon(1., 100, 0.01, 1e-5, 'gdp')
