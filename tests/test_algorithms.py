@@ -21,7 +21,7 @@ from fedsq_nb.data.batches import Augment
 from fedsq_nb.data.images import from_arrays
 from fedsq_nb.engine.execute import Processes, serial
 from fedsq_nb.engine.federate import Federation, Limits, Sampling, sample_clients
-from fedsq_nb.client.learner import FedProx, LocalLearner, LocalLoss, LocalSGD, LocalTraining, TrainMode, evaluate, shared_state
+from fedsq_nb.client.learner import ClientContext, FedProx, LocalLearner, LocalLoss, LocalSGD, LocalTraining, TrainMode, evaluate, shared_state
 
 fast, few = settings(max_examples=25, deadline=None), settings(max_examples=8, deadline=None)
 FORM, gen = Format(1, (.5,), (.25,), 3), rng(0, 'test', 'clients')
@@ -618,3 +618,33 @@ def test_a_learner_with_local_sgd_takes_torchs_steps(momentum):
             opt.step()
     for (n, p), q in zip(mine.named_parameters(), theirs.parameters()): assert torch.equal(p, q), n
     assert torch.equal(mine.idle, torch.ones(3).double())
+
+# ---- in a Learner of a user's own
+
+def plain_learner(callback):
+    from fastai.learner import Learner
+    train = training(fresh(Hidden))
+    return Learner(DataLoaders(train.batches(1, 1), []), train.model, loss_func=F.cross_entropy, opt_func=functools.partial(OptimWrapper, opt=torch.optim.SGD),
+                   default_cbs=False, cbs=[TrainMode(), callback])
+
+@pytest.mark.parametrize('callback', [lambda: Scaffold(), lambda: FedDyn(), lambda: Moon(), lambda: Margins()], ids=['scaffold', 'feddyn', 'moon', 'fedlc'])
+def test_a_plain_learner_is_told_what_it_lacks(callback):
+    with pytest.raises(InputError, match=r'runs inside LocalTraining.*learn.context = ClientContext'): plain_learner(callback()).fit(1, .1)
+
+@pytest.mark.parametrize('callback', [lambda: FedProx(MU), lambda: FedDyn(ALPHA), lambda: Moon(MU), lambda: Margins()], ids=['fedprox', 'feddyn', 'moon', 'fedlc'])
+def test_a_plain_learner_with_a_context_trains(callback):
+    learn = plain_learner(callback())
+    before = state_hash(learn.model.state_dict())
+    if not isinstance(learn.cbs[-1], FedProx): learn.context = ClientContext(1, 1, {}, {}, .1, 0., lambda: np.array([1, 2, 3, 4]))
+    learn.fit(1, .1)
+    assert state_hash(learn.model.state_dict()) != before
+
+def test_a_client_callback_of_a_users_own_in_ten_lines():
+    class SignDescent(Callback):
+        def before_step(self):
+            for p in self.learn.model.parameters(): p.grad.sign_()
+    train, start = training(fresh(Softmax), lambda: [SignDescent()], epochs=1), shared_state(fresh(Softmax))
+    u = train(start, 1, 1)
+    steps = u.metrics['steps']
+    assert all(((u.state[n] - start[n]).abs() <= LR*steps + 1e-9).all() for n in start) and any((u.state[n] != start[n]).any() for n in start)
+    assert bits(train(start, 1, 1)) == bits(u)

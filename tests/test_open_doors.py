@@ -90,7 +90,7 @@ def test_a_federation_by_hand(given, wrap):
 def test_gates_that_cannot_be_stored_are_computed_and_it_says_so():
     data, said = splits(), []
     fed = federation(DualCopy(net()), data, [np.arange(len(data.train))], lr=0.05, augment=Augment(crop=1), say=said.append)
-    assert fed.train.gates is None and any('computed for each batch' in s for s in said) and fed.fit(1).state.eq('ok').all()
+    assert fed.train.stored_gates is None and any('computed for each batch' in s for s in said) and fed.fit(1).state.eq('ok').all()
 
 
 def test_a_comparison_shows_itself_and_says_what_comes_next():

@@ -272,6 +272,29 @@ def test_a_missing_library_is_named(monkeypatch):
     quiet(1.).step(*federation(0, 2))  # the rule itself needs no accountant
 
 
+@pytest.mark.parametrize('delta, rdp, pld', [(10**-6.6, 1.68, 1.12), (1e-5, 1.21, .72)])
+@accounted
+def test_known_values_of_both_accountants(delta, rdp, pld):
+    "A hundredth of the clients, z = 1, a hundred rounds: Renyi privacy is half too high and more."
+    assert epsilon(1., 100, .01, delta) == pytest.approx(rdp, abs=.01) and epsilon(1., 100, .01, delta, accountant='pld') == pytest.approx(pld, abs=.01)
+
+@pytest.mark.parametrize('z, q', [(1., 0.1), (2., 0.5), (1., 0.05), (4., 0.2)])
+@accounted
+def test_the_tighter_accountant_meets_the_exact_subsampled_gaussian(z, q):
+    x = np.linspace(-15*z, 15*z + 1, 400_001)
+    p, r = norm.pdf(x, 0, z), (1 - q)*norm.pdf(x, 0, z) + q*norm.pdf(x, 1, z)
+    spent = lambda e: max(np.clip(r - math.exp(e)*p, 0, None).sum(), np.clip(p - math.exp(e)*r, 0, None).sum())*(x[1] - x[0]) - 1e-5
+    assert epsilon(z, 1, q, 1e-5, accountant='pld') == pytest.approx(brentq(spent, 0, 50), rel=5e-3)
+
+@pytest.mark.parametrize('z, rounds', [(2., 1), (20., 100), (3., 50)])
+@accounted
+def test_the_tighter_accountant_meets_the_exact_gaussian_mechanism(z, rounds):
+    assert epsilon(z, rounds, 1., 1e-5, accountant='pld') == pytest.approx(balle_wang(z/rounds**0.5, 1e-5), rel=2e-3)
+
+def test_an_unknown_accountant_is_refused():
+    with pytest.raises(InputError, match="unknown accountant 'pdl': did you mean 'pld'"): epsilon(1., 10, 1., 1e-5, accountant='pdl')
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------------
 
 nan, inf = float('nan'), float('inf')

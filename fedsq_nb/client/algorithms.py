@@ -45,7 +45,7 @@ def stored_or_zero(
     "What `state` holds under `name`; zeros if it holds nothing."
     return state[name].to(like) if name in state else torch.zeros_like(like)
 
-# %% ../../nbs/44_client.algorithms.ipynb #af1ce873
+# %% ../../nbs/44_client.algorithms.ipynb #568a368f
 def context_of(
     learn: Learner, # The learner that is about to fit
     callback: Callback, # Who asks, for the message
@@ -57,7 +57,7 @@ def context_of(
     raise InputError(f'{name} runs inside LocalTraining, which tells it the global tensors and what the client kept; '
                      f'in a plain Learner give learn.context = ClientContext(...) before fit')
 
-# %% ../../nbs/44_client.algorithms.ipynb #6acf80f5
+# %% ../../nbs/44_client.algorithms.ipynb #09dbd3ec
 class Scaffold(Callback):
     "Corrects each gradient by `c - c_k` (Karimireddy et al. 2020, algorithm 1)."
     run_valid = False
@@ -69,7 +69,7 @@ class Scaffold(Callback):
         for n, p in self.trained.items():
             if p.grad is not None: p.grad.add_(self.c[n] - self.own[n])
 
-# %% ../../nbs/44_client.algorithms.ipynb #90c05983
+# %% ../../nbs/44_client.algorithms.ipynb #2be0cbac
 @patch
 def before_fit(self: Scaffold) -> None:
     "Read `c` and `c_k`. Raises `InputError` when no control variates have arrived."
@@ -83,7 +83,7 @@ def before_fit(self: Scaffold) -> None:
     self.own = {n: stored_or_zero(context.client_state, f'control/{n}', p) for n, p in trained.items()}
     self.gradient = mean_gradient(self.learn) if self.option == 1 else None
 
-# %% ../../nbs/44_client.algorithms.ipynb #56e7e6cb
+# %% ../../nbs/44_client.algorithms.ipynb #59a8221c
 @patch
 def after_fit(self: Scaffold) -> None:
     "Renew `c_k`, keep it, and send its change."
@@ -146,7 +146,7 @@ def contrast(
     alike = torch.stack([F.cosine_similarity(z, z_global), F.cosine_similarity(z, z_last)], 1) / temperature
     return F.cross_entropy(alike, torch.zeros(len(z), dtype=torch.int64, device=z.device))
 
-# %% ../../nbs/44_client.algorithms.ipynb #989e78d4
+# %% ../../nbs/44_client.algorithms.ipynb #52705d76
 class Moon(Callback):
     "Adds `mu` times MOON's contrastive loss to the loss (Li et al. 2021)."
     run_valid = False
@@ -168,7 +168,7 @@ class Moon(Callback):
 
     def clean_up(self): self.hook.remove()
 
-# %% ../../nbs/44_client.algorithms.ipynb #8d51fa8f
+# %% ../../nbs/44_client.algorithms.ipynb #cb108ab4
 @patch
 def before_fit(self: Moon) -> None:
     "Fetch the tensors of the other two networks, and watch what goes into the head."

@@ -27,10 +27,9 @@ with warnings.catch_warnings():
     from fastai.optimizer import OptimWrapper
 
 from .backbones import FROZEN_KINDS
-from ..data.images import Format
 from ..core import InputError, State, Update, check_name, check_number, copy_state, rng, seeded
 from ..data.batches import Augment, Batches
-from ..data.images import ImageSet
+from ..data.images import Format, ImageSet
 from ..gating.dualcopy import DualCopy
 
 # %% ../../nbs/42_client.learner.ipynb #74706eb9
@@ -125,7 +124,7 @@ class LocalLearner(Learner):
     def _split(self, b): self.xb, self.yb = b[:-1], b[-1:]
     def _do_epoch(self): self._do_epoch_train()
 
-# %% ../../nbs/42_client.learner.ipynb #24d46d79
+# %% ../../nbs/42_client.learner.ipynb #d35e69cb
 @patch
 def listeners(self: LocalLearner,
     event_name: str, # An event of fastai's loop
@@ -140,7 +139,7 @@ def listeners(self: LocalLearner,
         attributes['by_event'][event_name] = found
     return found
 
-# %% ../../nbs/42_client.learner.ipynb #5b5c0fde
+# %% ../../nbs/42_client.learner.ipynb #06a20df1
 @patch
 def _do_one_batch(self: LocalLearner) -> None:
     "One batch: prediction, loss, step."
@@ -188,7 +187,7 @@ class LocalSGD:
             for p in group['params']:
                 if p.grad is not None: self.move(p, p.grad, group['lr'], group['momentum'], group['weight_decay'])
 
-# %% ../../nbs/42_client.learner.ipynb #fd26a38c
+# %% ../../nbs/42_client.learner.ipynb #a888d919
 @patch
 def move(self: LocalSGD,
     p: Tensor, # What is moved, in place
@@ -249,7 +248,7 @@ class LocalTraining:
 
     def __post_init__(self): self.prepare()
 
-# %% ../../nbs/42_client.learner.ipynb #a0bf8733
+# %% ../../nbs/42_client.learner.ipynb #ffc4452d
 @patch
 def prepare(self: LocalTraining) -> None:
     "Look up the tensors. Raises `InputError` for a name in `kept_names` that the network does not have."
@@ -283,11 +282,10 @@ def batches(self: LocalTraining,
 ) -> Batches: # The client's images in the order of that round
     "What a client trains on."
     draws = self.stream(round, client, 'augment') if self.augment else None
-    return Batches(self.data, self.form, self.parts[client], batch_size=self.batch_size, device=self.device,
-                   shuffle=self.stream(round, client, 'order'), augment=self.augment, draws=draws,
-                   stored_gates=self.stored_gates)
+    return Batches(self.data, self.form, self.parts[client], batch_size=self.batch_size, device=self.device, draws=draws,
+                   shuffle=self.stream(round, client, 'order'), augment=self.augment, stored_gates=self.stored_gates)
 
-# %% ../../nbs/42_client.learner.ipynb #478f1cad
+# %% ../../nbs/42_client.learner.ipynb #5def5505
 @patch
 def receive(self: LocalTraining,
     state: State, # The global tensors
@@ -314,7 +312,7 @@ def make_learner(self: LocalTraining,
     learn.call_model = self.special_call()
     return learn
 
-# %% ../../nbs/42_client.learner.ipynb #128098e9
+# %% ../../nbs/42_client.learner.ipynb #71bafb34
 @patch
 def train(self: LocalTraining,
     context: ClientContext, # The client's round
@@ -361,7 +359,7 @@ def __call__(self: LocalTraining,
     metrics = {'train_loss': loss.mean, 'steps': loss.steps, 'images': loss.images, 'seconds': time.perf_counter() - began}
     return Update(client, round, send, len(self.parts[client]), metrics, keep)
 
-# %% ../../nbs/42_client.learner.ipynb #5f74a399
+# %% ../../nbs/42_client.learner.ipynb #f8945031
 @patch
 def outcome(self: LocalTraining,
     context: ClientContext, # The client's round, at its end
@@ -374,7 +372,7 @@ def outcome(self: LocalTraining,
     message, error = self.encode(send, context.received, error)
     return message, keep | {f'error/{n}': t for n, t in error.items()}
 
-# %% ../../nbs/42_client.learner.ipynb #1fa6b3d8
+# %% ../../nbs/42_client.learner.ipynb #91c16d8f
 @patch
 def steps(self: LocalTraining,
     client: int, # Which client
@@ -386,7 +384,7 @@ def steps(self: LocalTraining,
     draw, share = self.stream(round, client, 'straggler').random(2)
     return max(1, int(share*whole)) if draw < self.stragglers else None
 
-# %% ../../nbs/42_client.learner.ipynb #14a27146
+# %% ../../nbs/42_client.learner.ipynb #0692e76f
 @patch
 def special_call(self: LocalTraining) -> Callable | None: # None for the plain call
     "The network, called in the memory order, type and manner that is asked for."
@@ -398,7 +396,7 @@ def special_call(self: LocalTraining) -> Callable | None: # None for the plain c
         return pred.float()
     return call
 
-# %% ../../nbs/42_client.learner.ipynb #651a48ee
+# %% ../../nbs/42_client.learner.ipynb #fed282a2
 def predictions(
     model: nn.Module, # A plain network or a `DualCopy`
     batches: Iterable[tuple], # `Batches`, or any (x, y) or (x, gates, y)
@@ -422,7 +420,7 @@ def evaluate(
     right, loss = float(right), float(loss)
     return (right / images, loss / images) if math.isfinite(loss) else (math.nan, math.nan)
 
-# %% ../../nbs/42_client.learner.ipynb #cf2a9d49
+# %% ../../nbs/42_client.learner.ipynb #1fe9e6dd
 @torch.no_grad()
 def accuracy_by_class(
     model: nn.Module, # A plain network or a `DualCopy`
