@@ -8,7 +8,7 @@ from PIL import Image
 from fedsq_nb.client.backbones import backbone
 from fedsq_nb.client.finetune import dualcopy_splitter, gated_learner, head_path
 from fedsq_nb.core import InputError, seeded, state_hash
-from fedsq_nb.data.images import load_data
+from fedsq_nb.data.sources import load_data
 from fedsq_nb.gating.dualcopy import DualCopy
 
 with warnings.catch_warnings():
