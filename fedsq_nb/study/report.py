@@ -1017,7 +1017,9 @@ def sections(
 
 # %% ../../nbs/78_study.report.ipynb #33798027
 PARTITION_SETTINGS = {'iid': [], 'dirichlet': ['alpha'], 'niid_bench': ['alpha'], 'label_skew': ['classes_per_client'],
-                      'shards': ['classes_per_client'], 'quantity_skew': ['alpha', 'power']}
+                      'shards': ['classes_per_client'], 'quantity_skew': ['alpha', 'power'], 'natural': [],
+                      'inner_dirichlet': ['alpha'], 'balanced_dirichlet': ['alpha'], 'linear': [], 'square': [],
+                      'exponential': [], 'lognormal': ['sigma']}
 
 def facts(
     rows: DataFrame, # Rows of a run
