@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 
 from .gates import (
     SOFT, adaptive_gate, apply_adaptive, apply_clamp, apply_group, apply_layer, apply_leaky, apply_multihead,
-    apply_pool, apply_relu, apply_soft, apply_tangent, apply_weights, attention_weights, clamp_gate, group_scale, layer_scale,
-    length_scale, multihead_weights, pool_both, relu_gate, softplus_gate)
+    apply_pool, apply_relu, apply_soft, apply_tangent, apply_weights, attention_weights, clamp_gate, group_scale,
+    layer_scale, length_scale, multihead_weights, pool_both, relu_gate, softplus_gate)
 
 # %% ../../nbs/32_gating.rules.ipynb #f18dc0a5
 class Attr(NamedTuple):
