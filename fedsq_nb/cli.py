@@ -341,7 +341,8 @@ def run_report(
 ) -> int: # Exit status
     "`fedsq report`: read, print, report."
     from fedsq_nb.core import check_name
-    from fedsq_nb.study.report import missing, read_rows, report
+    from fedsq_nb.study.report import missing, report
+    from fedsq_nb.study.folder import read_rows
     rows = read_rows(args.folder)
     baseline = check_name(args.baseline, rows.method.unique(), 'baseline') if args.baseline else rows.method.iloc[0]
     page = report(args.folder, baseline=baseline)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['State', 'STATISTICS', 'InputError', 'check_name', 'check_number', 'rng', 'seeded', 'sub', 'norm', 'is_weight',
-           'copy_state', 'Update', 'state_hash', 'serialised_bytes', 'atomic_write', 'save_state', 'load_state',
-           'pick_device']
+           'copy_state', 'Update', 'state_hash', 'serialised_bytes', 'whole_file', 'atomic_write', 'save_state',
+           'load_state', 'pick_device']
 
 # %% ../nbs/00_core.ipynb #6c00033e
 import contextlib, dataclasses, difflib, functools, hashlib, json, math, os, tempfile
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -159,16 +160,16 @@ def serialised_bytes(
     return _signature_bytes(tuple((k, tuple(v.shape), v.dtype) for k, v in sorted(state.items()))) if state else 0
 
 # %% ../nbs/00_core.ipynb #48119c3a
-def atomic_write(
+@contextlib.contextmanager
+def whole_file(
     path: str | os.PathLike, # The file to make or replace
-    data: bytes | str, # All of its content; text is written as UTF-8
-) -> Path: # The file
-    "Write `data` to `path` so that a reader sees the old file or the new one, never a part."
+) -> Iterator[BinaryIO]: # To write to; it takes its place when the block ends well
+    "A file that a reader sees as it was or as it will be, never a part of."
     path = Path(path)
     fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
         with open(fd, 'wb') as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temp, 0o644)
@@ -176,7 +177,15 @@ def atomic_write(
     except BaseException:
         Path(temp).unlink(missing_ok=True)
         raise
-    return path
+
+# %% ../nbs/00_core.ipynb #4f06ca87
+def atomic_write(
+    path: str | os.PathLike, # The file to make or replace
+    data: bytes | str, # All of its content; text is written as UTF-8
+) -> Path: # The file
+    "Write `data` to `path` so that a reader sees the old file or the new one, never a part."
+    with whole_file(path) as f: f.write(data.encode() if isinstance(data, str) else data)
+    return Path(path)
 
 # %% ../nbs/00_core.ipynb #a841be27
 def save_state(

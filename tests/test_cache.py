@@ -10,6 +10,7 @@ import torchvision
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from fedsq_nb import core
 from fedsq_nb.gating import cache as C
 from fedsq_nb.data.images import Format
 from fedsq_nb.gating.cache import GateCache, cache_key, gate_cache, plan, verdict
@@ -578,7 +579,7 @@ def short_of(what, rows, monkeypatch):
                 def write(self, data):
                     self.n += 1
                     return fail() if self.n > 2 else self.f.write(data)
-            m.setattr(C, 'open', lambda p, mode: Full(open(p, mode)) if 'w' in mode else open(p, mode), raising=False)
+            m.setattr(core, 'open', lambda p, mode: Full(open(p, mode)) if 'w' in mode else open(p, mode), raising=False)
             yield 'No space left'
         else:
             m.setattr(C.os, what, fail)

@@ -76,7 +76,7 @@ def test_every_method_starts_from_the_same_network_on_the_same_partition(first, 
     seen = []
     class Spy(E.LocalTraining):
         def __init__(self, model, data, parts, form, *, lr, callbacks, **shared):
-            seen.append((partition_hash(parts), len(data), form, *sorted((k, v) for k, v in shared.items() if k != 'gates')))
+            seen.append((partition_hash(parts), len(data), form, *sorted((k, v) for k, v in shared.items() if k != 'stored_gates')))
             super().__init__(model, data, parts, form, lr=lr, callbacks=callbacks, **shared)
     monkeypatch.setattr(E, 'LocalTraining', Spy)
     compare(Config(**ALL | dict(seeds=2, rounds=1)), say=quiet)

@@ -327,7 +327,7 @@ def test_a_bare_figure_appears_once_in_a_new_notebook(tmp_path, before):
     import os, subprocess, sys
     from pathlib import Path
     write(tmp_path, run('fedavg', 0, [.5, .6]) + run('fedsq', 0, [.5, .7]), partition__json=json.dumps(dict(counts={'0': [[1, 2], [3, 4]]})))
-    sources = [before + f'from fedsq_nb.study.report import *\nrows = read_rows({str(tmp_path)!r})',
+    sources = [before + f'from fedsq_nb.study.folder import read_rows\nfrom fedsq_nb.study.report import *\nrows = read_rows({str(tmp_path)!r})',
                'curves(rows)', 'gate_maps(rows)', f'partition_maps({str(tmp_path)!r})', 'curves(rows).show()', 'figure = curves(rows)']
     cell = lambda s: dict(cell_type='code', id=f'c{abs(hash(s))}', metadata={}, source=s, outputs=[], execution_count=None)
     kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))

@@ -9,7 +9,7 @@ __all__ = ['Slot', 'slot_of', 'slots_of', 'row_bytes', 'pack_site', 'check_range
            'verdict', 'gate_cache']
 
 # %% ../../nbs/38_gating.cache.ipynb #9f63c9dd
-import hashlib, json, math, os, struct, tempfile
+import hashlib, json, math, os, struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import InputError, check_name, state_hash
+from ..core import InputError, check_name, state_hash, whole_file
 from ..data.batches import Batches
 from .dualcopy import DualCopy
 from .gates import Gates, is_channels_last
@@ -305,22 +305,13 @@ def write_cache(
 ) -> None:
     "Write rows and a closing note with their checksum, whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with open(fd, 'wb') as f:
-            check = hashlib.blake2b(digest_size=16)
-            for chunk in chunks:
-                f.write(chunk.data)
-                check.update(chunk.data)
-            end = json.dumps({**note, 'checksum': check.hexdigest()}).encode()
-            f.write(end + struct.pack('<Q', len(end)) + _MAGIC)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temp, 0o644)
-        os.replace(temp, path)
-    except BaseException:
-        Path(temp).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as f:
+        check = hashlib.blake2b(digest_size=16)
+        for chunk in chunks:
+            f.write(chunk.data)
+            check.update(chunk.data)
+        end = json.dumps({**note, 'checksum': check.hexdigest()}).encode()
+        f.write(end + struct.pack('<Q', len(end)) + _MAGIC)
 
 # %% ../../nbs/38_gating.cache.ipynb #825c9249
 def open_cache(

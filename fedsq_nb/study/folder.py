@@ -79,7 +79,8 @@ def read_lines(
 # %% ../../nbs/75_study.folder.ipynb #817c38b7
 NEEDED = ('method', 'seed', 'round', 'val_accuracy', 'test_accuracy', 'state')
 NUMBERS = ('lr', 'val_accuracy', 'val_loss', 'test_accuracy', 'test_loss', 'train_loss', 'drift',
-           'bytes_up', 'bytes_down', 'seconds', 'clients_ok', 'clients_failed')
+           'bytes_up', 'bytes_down', 'seconds', 'clients_ok', 'clients_failed', 'gap', 'gap_crossing',
+           'clients_before', 'clients_before_worst', 'clients_after', 'clients_after_worst')
 
 def tidy_rows(
     rows: pd.DataFrame, # Rows of a run
@@ -125,9 +126,10 @@ def read_partition(
 ) -> dict: # `counts` by seed, `classes`, `hash` and `cards`
     "The content of `partition.json`. Raises `InputError` when it is missing or cannot be read."
     path = RunFolder(Path(folder)).partition
-    try: return json.loads(path.read_text())
+    if not path.is_file(): raise InputError(f'{path.name} is missing')
+    try: return json.loads(path.read_bytes())
     except OSError as e: raise InputError(f'{path.name} cannot be read: {e.strerror}') from None
-    except ValueError as e: raise InputError(f'{path.name} cannot be read: {e}') from None
+    except ValueError: raise InputError(f'{path.name} cannot be read: it is not JSON') from None
 
 def read_calibration(
     folder: str | os.PathLike, # A run folder

@@ -7,7 +7,7 @@ Every cell is an arm x head x rate x seed. Cells that `rows.jsonl` already has a
 any time and gone on with, or shared with `--part 2/3`. Within a seed all arms see the same images in the same order
 and begin with the same head.
 """
-import argparse, base64, copy, dataclasses, functools, math, time
+import base64, copy, dataclasses, functools, math, time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from fedsq_nb.gating.dualcopy import DualCopy
 from fedsq_nb.gating.graph import gate_function
 from fedsq_nb.gating.gates import disagreement
 
-from study_cells import Stage, answers, append_rows, computing, fingerprint, part_of, score, stored
+from study_cells import Stage, answers, append_rows, computing, fingerprint, part_of, score, stored, study_parser
 
 # --- what is run -----------------------------------------------------------------------------------------------------
 
@@ -213,17 +213,9 @@ def run(
 # --- the study -------------------------------------------------------------------------------------------------------
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--data', required=True, help='CIFAR-100 as .npz with x_train, y_train, x_test, y_test')
-    parser.add_argument('--weights', required=True, help='ResNet18, a safetensors file')
-    parser.add_argument('--out', required=True, type=Path, help='folder of rows.jsonl')
-    parser.add_argument('--seeds', type=int, default=3, help='how many seeds, from 0')
-    parser.add_argument('--part', default='1/1', help='i/n: every n-th cell, from the i-th on')
+    parser = study_parser(__doc__)
     parser.add_argument('--arms', default=','.join(ARMS), help='arms to run, with commas between')
     parser.add_argument('--rates', default='', help='rates to run, with commas between; by default all')
-    parser.add_argument('--precision', default='bfloat16', choices=['float32', 'bfloat16'])
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--device', default='cpu')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings, path, stage = Settings(precision=args.precision), args.out/'rows.jsonl', None

@@ -7,7 +7,7 @@ Every cell is a method x head x partition x local epochs x rate x seed. Cells th
 skipped, so a run can be stopped at any time and gone on with, or shared with `--part 2/3`. Within a seed all methods
 see the same images, partition, head and order.
 """
-import argparse, copy, dataclasses, itertools, time
+import copy, dataclasses, itertools, time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from fedsq_nb.gating.dualcopy import DualCopy
 from fedsq_nb.client.learner import LocalTraining, shared_state, trained_copy
 from fedsq_nb.data.partition import dirichlet, iid
 
-from study_cells import PRECISIONS, Stage, answers, append_rows, fingerprint, part_of, score, stored
+from study_cells import PRECISIONS, Stage, answers, append_rows, fingerprint, part_of, score, stored, study_parser
 
 # --- what is run -----------------------------------------------------------------------------------------------------
 
@@ -238,15 +238,7 @@ def run(
 # --- the study -------------------------------------------------------------------------------------------------------
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--data', required=True, help='CIFAR-100 as .npz with x_train, y_train, x_test, y_test')
-    parser.add_argument('--weights', required=True, help='ResNet18, a safetensors file')
-    parser.add_argument('--out', required=True, type=Path, help='folder of rows.jsonl')
-    parser.add_argument('--seeds', type=int, default=3, help='how many seeds, from 0')
-    parser.add_argument('--part', default='1/1', help='i/n: every n-th cell, from the i-th on')
-    parser.add_argument('--precision', default='bfloat16', choices=list(PRECISIONS))
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--device', default='cpu')
+    parser = study_parser(__doc__)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings, path, stage = Settings(precision=args.precision), args.out/'rows.jsonl', None

@@ -1,5 +1,5 @@
 """What the studies of this folder share: cells that are stored once, a warm start, and how a network is asked"""
-import contextlib, dataclasses, functools, hashlib, json, os
+import argparse, contextlib, dataclasses, functools, hashlib, json, os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +56,21 @@ def part_of(
     mine, of = map(int, part.split('/'))
     if not 1 <= mine <= of: raise ValueError(f'part {part!r} must be i/n with i from 1 to n')
     return list(cells[mine - 1::of])
+
+def study_parser(
+    doc: str, # The script's docstring, whose first line says what it does
+) -> argparse.ArgumentParser:
+    "The options that every study has."
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument('--data', required=True, help='CIFAR-100 as .npz with x_train, y_train, x_test, y_test')
+    parser.add_argument('--weights', required=True, help='ResNet18, a safetensors file')
+    parser.add_argument('--out', required=True, type=Path, help='folder of rows.jsonl')
+    parser.add_argument('--seeds', type=int, default=3, help='how many seeds, from 0')
+    parser.add_argument('--part', default='1/1', help='i/n: every n-th cell, from the i-th on')
+    parser.add_argument('--precision', default='bfloat16', choices=list(PRECISIONS))
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--device', default='cpu')
+    return parser
 
 # --- how a network is asked ------------------------------------------------------------------------------------------
 
