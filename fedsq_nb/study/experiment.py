@@ -82,7 +82,8 @@ def make_participants(
     code = with_error(functools.partial(encode, kind=parse_kind(compress))) if compress else None
     train = LocalTraining(model, splits.train, parts, form, lr=lr, stored_gates=stored.get('train'), encode=code,
                           device=device, **training)
-    def judged_on(part): return Batches(getattr(splits, part), form, batch_size=256, stored_gates=stored.get(part), device=device)
+    def judged_on(part):
+        return Batches(getattr(splits, part), form, batch_size=256, stored_gates=stored.get(part), device=device)
     valid, tested = judged_on('valid'), judged_on('test') if test else None
     x = next(iter(valid))[0][:n_probe] if test else None
     looks, n_classes = [], len(splits.train.classes)
@@ -429,7 +430,7 @@ def run_all(
     folder: RunFolder | None, # Where rows and weights are written, if anywhere
     say: Callable[[str], None], # Told of divergences
     on_row: Callable[[dict], None], # Told each row
-    contents: dict, # What the comparison is made from
+    contents: dict | None = None, # What the comparison is made from, for the keys of checkpoints
 ) -> tuple[list[dict], dict[tuple[str, int], State]]: # Rows, and final states that were not written
     "Every method on every seed; rows go to the folder as they are made, weights at the end of each run."
     rows, weights = [], {}
@@ -440,7 +441,8 @@ def run_all(
     for seed in seeds_of(task.config):
         for method in task.config.methods:
             kept = folder.checkpoints_of(method, seed) if folder else None
-            state = run(task, method, seed, rates[method], on_row=keep, say=say, checkpoints=kept, contents=contents).state
+            told = dict(on_row=keep, say=say)
+            state = run(task, method, seed, rates[method], **told, checkpoints=kept, contents=contents).state
             if not folder: weights[method, seed] = state
             elif task.config.save_weights: folder.write_weights(method, seed, state)
     return rows, weights

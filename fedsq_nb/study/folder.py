@@ -231,7 +231,8 @@ def check_same_partition(
     "Raise `InputError` when the run's partition is not the one that its settings make today."
     if not RunFolder(Path(folder)).partition.exists(): return  # it was stopped before
     then, now = read_partition(folder)['hash'], described['hash']
-    differ = [f'of seed {seed} was {then.get(seed)!r} and is {now[seed]!r}' for seed in now if now[seed] != then.get(seed)]
+    changed = [seed for seed in now if now[seed] != then.get(seed)]
+    differ = [f'of seed {seed} was {then.get(seed)!r} and is {now[seed]!r}' for seed in changed]
     if not differ: return
     raise InputError(f'resume: the partition of the run in {str(folder)!r} {"; ".join(differ)}; '
                      'go on with the versions that began it, or begin anew in another folder')
