@@ -148,7 +148,7 @@ def any_diverged(
     kinds = [f['kind'] if isinstance(f, dict) else f.kind for f in failures]
     return FailureKind.DIVERGED in kinds
 
-# %% ../../nbs/50_server.aggregate.ipynb #c5b55fad
+# %% ../../nbs/50_server.aggregate.ipynb #cca3211b
 def whole_number(
     value: object, # Anything
 ) -> bool: # False for truth values
@@ -164,7 +164,7 @@ def shown(
     except Exception: text = f'something of type {type(value).__name__}'
     return ' '.join(text.encode('utf-8', 'replace').decode().split())[:length]
 
-# %% ../../nbs/50_server.aggregate.ipynb #5e2adea0
+# %% ../../nbs/50_server.aggregate.ipynb #a863fef3
 def form_fault(
     update: Update, # What a client sent
 ) -> str | None: # None for an update that can be read
@@ -179,7 +179,7 @@ def form_fault(
             fault = None if name == 'metrics' else tensor_fault(value)
             if fault: return f'{shown(key)} {fault}'
 
-# %% ../../nbs/50_server.aggregate.ipynb #6b17e537
+# %% ../../nbs/50_server.aggregate.ipynb #7943cf49
 LARGEST = 1e30 # No metric is larger
 
 def number_fault(
@@ -208,7 +208,7 @@ def check_update(
     reason = values_fault(update, expected)
     return Failure(client, FailureKind.DIVERGED, reason) if reason else None
 
-# %% ../../nbs/50_server.aggregate.ipynb #77b31f64
+# %% ../../nbs/50_server.aggregate.ipynb #4628a267
 def asked_fault(
     update: Update, # What a client sent, of good form
     expected: State, # Tensors with the names, types and shapes that were asked for
@@ -265,7 +265,7 @@ def change_norms(
 
 def _squares(change: Tensor) -> Tensor: return torch.stack([c.dot(c) for c in change]).double().cpu()
 
-# %% ../../nbs/50_server.aggregate.ipynb #cee8aa8a
+# %% ../../nbs/50_server.aggregate.ipynb #34aef121
 def reference_value(
     values: Sequence[float], # One for each update, 0 or more
     usual: float = 0., # What earlier rounds suggest; 0: nothing is known
@@ -296,7 +296,7 @@ def split_outliers(
         else: good.append(u)
     return good, failures
 
-# %% ../../nbs/50_server.aggregate.ipynb #23c7887a
+# %% ../../nbs/50_server.aggregate.ipynb #f32b513b
 def accepted_updates(
     updates: Iterable[Update], # What arrived, in order of arrival
     expected: State, # Tensors with the names, types and shapes that were asked for
@@ -312,7 +312,7 @@ def accepted_updates(
         else: good[int(u.client)] = u
     return [good[c] for c in sorted(good)], failures
 
-# %% ../../nbs/50_server.aggregate.ipynb #eecf6f97
+# %% ../../nbs/50_server.aggregate.ipynb #f192d1ea
 def counter_growth(
     state: State, # A client's tensors
     before: State, # The model the round began with
@@ -350,7 +350,8 @@ def screen_updates(
     fit, heavy = split_outliers(fit, [float(u.weight) for u in fit], weight_limit, 'weight', FailureKind.INVALID)
     if weight_limit: fit, grown = split_counters(fit, expected, weight_limit)
     else: grown = []
-    lengths = change_norms(fit, expected) if norm_limit else [0.] * len(fit)
+    lengths = [0.] * len(fit)
+    if norm_limit and fit: lengths = change_norms(fit, expected)
     fit, far = split_outliers(fit, lengths, norm_limit, 'change of norm', FailureKind.DIVERGED, usual_norm)
     return fit, sorted(failures + heavy + grown + far, key=lambda f: f.client)
 
