@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['State', 'STATISTICS', 'REPEATED', 'InputError', 'check_name', 'check_number', 'rng', 'seeded', 'sub', 'norm',
-           'is_weight', 'copy_state', 'own_state', 'tensor_fault', 'Update', 'state_hash', 'serialised_bytes',
-           'whole_file', 'atomic_write', 'save_state', 'load_state', 'pick_device']
+           'is_weight', 'copy_state', 'own_state', 'memory_fault', 'tensor_fault', 'Update', 'is_plain', 'own_update',
+           'state_hash', 'serialised_bytes', 'whole_file', 'atomic_write', 'save_state', 'load_state', 'pick_device']
 
 # %% ../nbs/00_core.ipynb #6c00033e
 import contextlib, dataclasses, difflib, functools, hashlib, json, math, os, secrets
@@ -58,9 +58,11 @@ def check_number(
     raise InputError(f'{who} must be a {kind} {start}{end}')
 
 # %% ../nbs/00_core.ipynb #b57eddc3
+def _word(part: str | int) -> str | int: return part if isinstance(part, str) else int(part)
+
 def _entropy(seed: int, path: tuple) -> int:
     "The 256-bit number that a seed path stands for."
-    words = [int(seed), *(p if isinstance(p, str) else int(p) for p in path)]
+    words = [int(seed)] + list(map(_word, path))
     return int.from_bytes(hashlib.sha256(json.dumps(words).encode()).digest(), 'little')
 
 # %% ../nbs/00_core.ipynb #0f0f9bb5
@@ -131,9 +133,19 @@ def own_state(
     "A copy of `state` that nothing else writes to, on the same device."
     return {name: t.detach().clone() for name, t in state.items()}
 
-# %% ../nbs/00_core.ipynb #3dc79ecb
+# %% ../nbs/00_core.ipynb #3c12e64b
 REPEATED = 2**20 # As many numbers may a tensor show that are not all in its memory
 
+def memory_fault(
+    value: Tensor, # A dense tensor
+) -> str | None: # None where every number that it shows is there
+    "Why the memory of `value` does not hold what it shows."
+    held, shown = value.untyped_storage().nbytes() // value.element_size(), value.numel()
+    if shown > max(held, REPEATED): return f'shows {shown} numbers and holds {held}'
+    steps = sum((n - 1)*step for n, step in zip(value.shape, value.stride()))
+    if shown and value.storage_offset() + steps >= held: return f'reaches beyond its memory of {held} numbers'
+
+# %% ../nbs/00_core.ipynb #3dc79ecb
 def tensor_fault(
     value: object, # What ought to be a plain tensor
 ) -> str | None: # None for one
@@ -143,8 +155,7 @@ def tensor_fault(
     if value.layout != torch.strided: return f'has the layout {value.layout}, expected a dense tensor'
     if value.is_quantized or value.is_complex(): return f'has type {value.dtype}, expected real numbers'
     if value.is_meta: return 'is on the meta device and holds no numbers'
-    held = value.untyped_storage().nbytes() // value.element_size()
-    if value.numel() > max(held, REPEATED): return f'shows {value.numel()} numbers and holds {held}'
+    return memory_fault(value)
 
 # %% ../nbs/00_core.ipynb #475214e8
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +169,22 @@ class Update:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     # What the client keeps for its next day; it is not sent
     client_state: State = dataclasses.field(default_factory=dict)
+
+# %% ../nbs/00_core.ipynb #68565452
+def is_plain(
+    state: object, # What ought to be named tensors
+) -> bool:
+    "Is this a dictionary of plain tensors, which can be copied?"
+    try: return isinstance(state, dict) and not any(map(tensor_fault, state.values()))
+    except Exception: return False  # a class of tensors of its own, which cannot even be asked
+
+def own_update(
+    answer: object, # What a client's training returned
+) -> object: # An equal update in memory of its own; what cannot be copied, as it is
+    "Part an update from the network that it came from."
+    if not (isinstance(answer, Update) and is_plain(answer.state) and is_plain(answer.client_state)): return answer
+    kept = own_state(answer.client_state)
+    return dataclasses.replace(answer, state=own_state(answer.state), client_state=kept)
 
 # %% ../nbs/00_core.ipynb #9312caa6
 def state_hash(
