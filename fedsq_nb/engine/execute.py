@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 
-from ..core import InputError, State, Update, copy_state
+from ..core import InputError, State, Update, copy_state, own_state, own_update
 
 # %% ../../nbs/60_engine.execute.ipynb #dedae00d
 LocalTrainer = Callable[[State, int, int], Update]  # (global state, client, round) -> update
@@ -30,7 +30,7 @@ def serial(
 ) -> Answers: # One for each client, in the order of `clients`
     "Train one client after the other in this process."
     for client in clients:
-        try: yield client, train(state, client, round)
+        try: yield client, own_update(train(own_state(state), client, round))
         except Exception as e: yield client, e
 
 # %% ../../nbs/60_engine.execute.ipynb #e0967095
