@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..core import InputError, State, Update, check_number, copy_state, rng
 
-# %% ../../nbs/60_engine.execute.ipynb #c0acbba6
+# %% ../../nbs/60_engine.execute.ipynb #87a75272
 LocalTrainer = Callable[[State, int, int], Update]  # (global state, client, round) -> update
 Answers = Iterator[tuple[int, Update | Exception]]  # client id with its update, or with what stopped it
 
@@ -38,7 +38,7 @@ def answer_of(
     except KeyboardInterrupt: raise
     except BaseException as e: return readable(e)
 
-# %% ../../nbs/60_engine.execute.ipynb #f3d757dc
+# %% ../../nbs/60_engine.execute.ipynb #696e64c9
 LONGEST_TEXT = 10_000  # characters of an error's text that are kept
 
 def text_of(
@@ -56,7 +56,7 @@ def words_of(
     text = text_of(error)
     return type(error).__name__, 'its text cannot be read' if text is None else text[:LONGEST_TEXT]
 
-# %% ../../nbs/60_engine.execute.ipynb #1aee9b1b
+# %% ../../nbs/60_engine.execute.ipynb #65d7d5d6
 def error_named(
     name: str, # Name of its class
     text: str, # What it says
@@ -72,7 +72,7 @@ def readable(
     whole = text is not None and len(text) <= LONGEST_TEXT
     return error if whole and isinstance(error, Exception) else error_named(*words_of(error))
 
-# %% ../../nbs/60_engine.execute.ipynb #8449c22a
+# %% ../../nbs/60_engine.execute.ipynb #138add30
 @contextlib.contextmanager
 def numpy_stream(
     number: int, # A seed
@@ -85,7 +85,7 @@ def numpy_stream(
         np.random.set_bit_generator(generator)
         np.random.set_state(state)
 
-# %% ../../nbs/60_engine.execute.ipynb #d97f71fd
+# %% ../../nbs/60_engine.execute.ipynb #ccb9eb28
 @contextlib.contextmanager
 def torch_stream(
     number: int, # A seed, below 2^63
@@ -97,7 +97,7 @@ def torch_stream(
         if gpus: torch.cuda.manual_seed_all(number)
         yield
 
-# %% ../../nbs/60_engine.execute.ipynb #c9abd9e3
+# %% ../../nbs/60_engine.execute.ipynb #0a95e782
 @contextlib.contextmanager
 def global_streams(
     seed: int, # The run's seed
@@ -151,7 +151,7 @@ class SharedState:
             end += -(-t.numel()*t.element_size() // 64) * 64
         self.memory = mmap.mmap(-1, max(end, 1))
 
-# %% ../../nbs/60_engine.execute.ipynb #8ee013fd
+# %% ../../nbs/60_engine.execute.ipynb #d9134a6e
 @patch
 def view(self: SharedState,
     name: str, # Which tensor
@@ -161,7 +161,7 @@ def view(self: SharedState,
     if not shape.numel(): return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(self.memory, dtype=dtype, count=shape.numel(), offset=start).view(shape)
 
-# %% ../../nbs/60_engine.execute.ipynb #3735fd34
+# %% ../../nbs/60_engine.execute.ipynb #d4fc12cd
 def signature(
     state: State, # Named tensors
 ) -> dict: # Shape and type by name
@@ -177,7 +177,7 @@ def put(self: SharedState,
     for name, t in state.items(): self.view(name).copy_(t)
     return True
 
-# %% ../../nbs/60_engine.execute.ipynb #98f255d7
+# %% ../../nbs/60_engine.execute.ipynb #8081b7e7
 @patch
 def take(self: SharedState) -> State: # A copy in memory of its own
     "Read the state."
@@ -195,7 +195,7 @@ def rehearsal() -> bool: # False when this process cannot run a backward pass
         except RuntimeError: return False
     return True
 
-# %% ../../nbs/60_engine.execute.ipynb #1761312f
+# %% ../../nbs/60_engine.execute.ipynb #6407ae3d
 class Channel:
     "Whole messages through a socket."
     def __init__(self,
@@ -207,7 +207,7 @@ class Channel:
 
     def fileno(self) -> int: return self.end.fileno() # So that it can be waited for
 
-# %% ../../nbs/60_engine.execute.ipynb #22394fee
+# %% ../../nbs/60_engine.execute.ipynb #53a93703
 @patch
 def send(self: Channel,
     message: bytes, # Anything
@@ -216,7 +216,7 @@ def send(self: Channel,
     self.outgoing += len(message).to_bytes(8, 'little') + message
     self.flush()
 
-# %% ../../nbs/60_engine.execute.ipynb #576907af
+# %% ../../nbs/60_engine.execute.ipynb #80883a85
 @patch
 def flush(self: Channel) -> None:
     "Send what is left to be sent. Raises `OSError` when nobody is there."
@@ -224,7 +224,7 @@ def flush(self: Channel) -> None:
         while self.outgoing: del self.outgoing[:self.end.send(self.outgoing)]
     except BlockingIOError: pass
 
-# %% ../../nbs/60_engine.execute.ipynb #1d01f71d
+# %% ../../nbs/60_engine.execute.ipynb #85ce4885
 @patch
 def receive(self: Channel) -> bytes | None: # None while no message is whole
     "The next message. Raises `EOFError` or `OSError` when nobody is there."
@@ -237,7 +237,7 @@ def receive(self: Channel) -> bytes | None: # None while no message is whole
     del self.incoming[:8 + size]
     return message
 
-# %% ../../nbs/60_engine.execute.ipynb #9bb2ba7c
+# %% ../../nbs/60_engine.execute.ipynb #0d9d59dd
 def wait_for(
     channels: Iterable[Channel], # Some of them may have something to send
     seconds: float, # How long at most
@@ -248,7 +248,7 @@ def wait_for(
             selector.register(c, selectors.EVENT_READ | (selectors.EVENT_WRITE if c.outgoing else 0))
         selector.select(seconds)
 
-# %% ../../nbs/60_engine.execute.ipynb #5d1205eb
+# %% ../../nbs/60_engine.execute.ipynb #f1e82667
 def is_dense(
     t: object, # What a client calls a tensor
 ) -> bool:
@@ -265,7 +265,7 @@ def all_dense(
     if type(state) is not dict: return False
     return all(isinstance(name, str) and is_dense(t) for name, t in state.items())
 
-# %% ../../nbs/60_engine.execute.ipynb #5e62e030
+# %% ../../nbs/60_engine.execute.ipynb #35579ec9
 def to_bytes(
     state: State, # Named tensors
 ) -> bytes: # Nothing at all for none
@@ -291,7 +291,7 @@ def pack(
     rest = dataclasses.replace(answer, state={}, client_state={})
     return pickle.dumps(('update', rest, body, to_bytes(answer.client_state)))
 
-# %% ../../nbs/60_engine.execute.ipynb #2ab8dc23
+# %% ../../nbs/60_engine.execute.ipynb #9c526c34
 def packed(
     answer: Update | Exception, # What `answer_of` gave
     up: SharedState, # Where its tensors go if they fit
@@ -300,7 +300,7 @@ def packed(
     try: return pack(answer, up)
     except BaseException as e: return pickle.dumps(('error', *words_of(e)))
 
-# %% ../../nbs/60_engine.execute.ipynb #60052cd0
+# %% ../../nbs/60_engine.execute.ipynb #29375796
 def unpack(
     said: bytes, # What `packed` made
     up: SharedState, # Where its tensors may be
@@ -315,7 +315,7 @@ def unpack(
     state = up.take() if body is None else from_bytes(body)
     return dataclasses.replace(update, state=state, client_state=from_bytes(kept))
 
-# %% ../../nbs/60_engine.execute.ipynb #e62c9aea
+# %% ../../nbs/60_engine.execute.ipynb #316d5b53
 @functools.cache
 def kernel_control() -> Callable | None: # None where the system is not Linux
     "Linux's `prctl`; found before a fork, because looking for it takes a lock."
@@ -358,7 +358,7 @@ def work(
         while True: channel.send(follow(channel.receive(), train, down, up))
     os._exit(0)
 
-# %% ../../nbs/60_engine.execute.ipynb #6d68b59c
+# %% ../../nbs/60_engine.execute.ipynb #d6e2958e
 def follow(
     order: bytes, # Client, round, seed and what the client has kept
     train: LocalTrainer, # Local training
@@ -376,7 +376,7 @@ def follow(
 def frozen(kept: State) -> bytes | State: return to_bytes(kept) if all_dense(kept) else kept
 def unfrozen(data: bytes | State) -> State: return from_bytes(data) if isinstance(data, bytes) else data
 
-# %% ../../nbs/60_engine.execute.ipynb #c2093b8a
+# %% ../../nbs/60_engine.execute.ipynb #b90584eb
 @contextlib.contextmanager
 def interrupt_later() -> Iterator[None]:
     "Ctrl-C within the block is heard at its end. Only the main thread hears it at all."
@@ -391,7 +391,7 @@ def interrupt_later() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if heard: signal.raise_signal(signal.SIGINT)
 
-# %% ../../nbs/60_engine.execute.ipynb #8afa105d
+# %% ../../nbs/60_engine.execute.ipynb #36ca9c5f
 @contextlib.contextmanager
 def not_daemonic() -> Iterator[None]:
     "Within the block this process may have children whatever it is."
@@ -422,7 +422,7 @@ class Worker:
         there.close()
         with contextlib.suppress(OSError): os.setpgid(self.process.pid, self.process.pid)
 
-# %% ../../nbs/60_engine.execute.ipynb #fbca9820
+# %% ../../nbs/60_engine.execute.ipynb #faeb5955
 @patch
 def ready(self: Worker,
     seconds: float, # How long it may take
@@ -438,7 +438,7 @@ def ready(self: Worker,
             return True
     return False
 
-# %% ../../nbs/60_engine.execute.ipynb #253ecbf2
+# %% ../../nbs/60_engine.execute.ipynb #ffb59d74
 @patch
 def stop(self: Worker) -> None:
     "End the process, and what its clients have started."
@@ -462,7 +462,7 @@ def give(self: Worker,
     self.used, self.moved = processor_seconds(self.process.pid), self.since
     return True
 
-# %% ../../nbs/60_engine.execute.ipynb #629c4d7c
+# %% ../../nbs/60_engine.execute.ipynb #73c05c6a
 class WorkerLost(RuntimeError):
     "The process that trained a client is gone, or took too long."
 
@@ -480,7 +480,7 @@ def hear(self: Worker) -> bytes | None: # None while it has nothing whole to say
     if said is None and not alive: raise WorkerLost(self.how_it_ended())
     return said
 
-# %% ../../nbs/60_engine.execute.ipynb #85c97349
+# %% ../../nbs/60_engine.execute.ipynb #afac73aa
 @patch
 def how_it_ended(self: Worker) -> str: # For a row
     "Why a worker is gone."
@@ -505,7 +505,7 @@ def still(self: Worker) -> float:
     if used > self.used + 0.05: self.used, self.moved = used, now  # less than that is its looking for its parent
     return now - self.moved
 
-# %% ../../nbs/60_engine.execute.ipynb #a65d67fb
+# %% ../../nbs/60_engine.execute.ipynb #e396db31
 def most_workers() -> int: # Four for each processor, and 64 at least
     "More workers than this are a slip of the pen."
     return max(64, 4*(os.cpu_count() or 1))
@@ -514,7 +514,8 @@ def check_workers(
     workers: int, # How many processes
 ) -> None:
     "Raises `InputError` for a number of workers that cannot be."
-    if isinstance(workers, bool) or not isinstance(workers, int): raise InputError(f'workers {workers!r} must be a whole number')
+    if isinstance(workers, bool) or not isinstance(workers, int):
+        raise InputError(f'workers {workers!r} must be a whole number')
     if workers < 1: raise InputError(f'workers {workers} must be 1 or more')
     if workers > most_workers():
         raise InputError(f'workers {workers} must be at most {most_workers()}, four for each processor: '
@@ -539,7 +540,7 @@ class Processes:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/60_engine.execute.ipynb #feb376c4
+# %% ../../nbs/60_engine.execute.ipynb #9c887058
 def stop_all(
     team: list[Worker], # Workers
     owner: int, # The process whose they are
@@ -549,21 +550,21 @@ def stop_all(
     for w in team: w.stop()
     team.clear()
 
-# %% ../../nbs/60_engine.execute.ipynb #0fda0dae
+# %% ../../nbs/60_engine.execute.ipynb #47d29fe3
 @patch
 def begin(self: Processes) -> None:
     "Have no workers; those of a process that this one was forked from are not ours."
     self.team, self.train, self.owner = [], None, os.getpid()
     weakref.finalize(self, stop_all, self.team, self.owner)
 
-# %% ../../nbs/60_engine.execute.ipynb #a81ad819
+# %% ../../nbs/60_engine.execute.ipynb #3c00f1b5
 @patch
 def close(self: Processes) -> None:
     "Stop all workers."
     stop_all(self.team, self.owner)
     self.train = None
 
-# %% ../../nbs/60_engine.execute.ipynb #78208fdc
+# %% ../../nbs/60_engine.execute.ipynb #108bff7f
 @patch
 def busy(self: Processes) -> list[Worker]:
     "The workers that have a client."
@@ -603,7 +604,7 @@ def hire(self: Processes,
         raise WorkerLost(f'{attempts} times a new worker was not ready within {seconds:g} s: other threads of this '
                          'process hold what it needs; let them finish first, or use workers=1')
 
-# %% ../../nbs/60_engine.execute.ipynb #24f48bb7
+# %% ../../nbs/60_engine.execute.ipynb #f12c56c5
 @patch
 def add_worker(self: Processes,
     state: State, # The global tensors that travel
@@ -611,7 +612,7 @@ def add_worker(self: Processes,
     "Fork one more worker, and not lose it to a Ctrl-C."
     with interrupt_later(): self.team.append(Worker(self.train, state, self.down))
 
-# %% ../../nbs/60_engine.execute.ipynb #a255e580
+# %% ../../nbs/60_engine.execute.ipynb #0a1b37b2
 @patch
 def dismiss(self: Processes,
     w: Worker, # Whom
@@ -645,7 +646,7 @@ def __call__(self: Processes,
     finally:
         for w in self.busy(): self.dismiss(w)  # nobody waits for them any more
 
-# %% ../../nbs/60_engine.execute.ipynb #28bfad2b
+# %% ../../nbs/60_engine.execute.ipynb #4e30f53d
 @patch
 def hand_out(self: Processes,
     todo: list[int], # Clients, the next one last; who is given out is taken away
@@ -673,7 +674,7 @@ def arrivals(self: Processes) -> Answers:
         else:
             if said: yield client, self.read(w, said)
 
-# %% ../../nbs/60_engine.execute.ipynb #91e025a3
+# %% ../../nbs/60_engine.execute.ipynb #78fef84a
 @patch
 def pause(self: Processes,
     busy: list[Worker], # Who has a client
