@@ -333,7 +333,7 @@ def test_a_restored_state_keeps_its_order(tmp_path):
 def test_only_two_files_are_kept_and_no_temporary_one(tmp_path):
     kept(tmp_path, 5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['round-000004.safetensors', 'round-000005.safetensors']
-    assert safetensors.torch.load_file(tmp_path/'round-000005.safetensors').keys() == {*(f'state/{n}' for n in START), 'rule/velocity'}
+    assert safetensors.torch.load_file(tmp_path/'round-000005.safetensors').keys() == {*(f'state/{n}' for n in START), 'rule/velocity', 'note'}
 
 def test_another_run_is_refused(tmp_path):
     fed = kept(tmp_path, 2)

@@ -6,8 +6,8 @@
 __all__ = ['sample_clients', 'absent_clients', 'described', 'answer_fault', 'answer_kind', 'opened', 'unanswered', 'Diverged',
            'RoundVoid', 'void_reason', 'plain_value', 'json_ready', 'not_measured', 'Sampling', 'Limits', 'Listeners',
            'Renewal', 'Memory', 'checked_state', 'Federation', 'message_bytes', 'plain_numbers', 'rule_fault',
-           'drift_and_loss', 'without_control', 'row_without_results', 'note_rule', 'put_back', 'checksum',
-           'bytes_tensor', 'checkpoint_files', 'read_tensors', 'read_checkpoint', 'parts_of', 'only']
+           'drift_and_loss', 'without_control', 'row_without_results', 'too_few', 'row_of_clients', 'note_rule',
+           'put_back', 'checksum', 'bytes_tensor', 'checkpoint_files', 'read_tensors', 'parts_of', 'read_checkpoint']
 
 # %% ../../nbs/62_engine.federate.ipynb #1f94566e
 import copy, dataclasses, hashlib, json, math, os, time
@@ -80,11 +80,13 @@ def answer_fault(
     "Why an answer cannot be looked into."
     if not isinstance(answer, Update): return described(answer)
     try: fault = form_fault(answer)
-    except Exception as e: return f'it cannot be read: {type(e).__name__}'
+    except KeyboardInterrupt: raise
+    except BaseException as e: return f'it cannot be read: {type(e).__name__}'
     if fault: return fault
     if answer.client != asked: return f'sent in the name of client {answer.client}'
     return None if asked in clients else 'sent an update that nobody asked for'
 
+# %% ../../nbs/62_engine.federate.ipynb #7e7c0e4f
 def answer_kind(
     answer: object, # What the executor says a client answered
 ) -> FailureKind: # For an answer that is of no use
@@ -118,6 +120,7 @@ def unanswered(
 class Diverged(RuntimeError):
     "A round left nothing that can be averaged or measured; the last good state is kept."
 
+# %% ../../nbs/62_engine.federate.ipynb #63fbdebb
 class RoundVoid(Diverged):
     "Too few clients answered, for reasons that are not the numbers'; the run can be gone on with."
 
@@ -139,6 +142,7 @@ def plain_value(
     "A value without numpy and torch."
     return value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
 
+# %% ../../nbs/62_engine.federate.ipynb #07318558
 def json_ready(
     value: object, # A plain value, or a dictionary or list of them
 ) -> object:
@@ -167,6 +171,7 @@ class Sampling:
     sizes: Sequence[float] | None = None # Draw clients in proportion to these, one a client; None: all alike
     client_dropout: float = 0. # Probability that a chosen client vanishes
 
+# %% ../../nbs/62_engine.federate.ipynb #8b0f9562
 @dataclasses.dataclass
 class Limits:
     "What a round needs, and what it refuses."
@@ -174,6 +179,7 @@ class Limits:
     norm_limit: float | None = 100. # A change longer than so many times the round's median is left out; None: no limit
     weight_limit: float | None = 1000. # So is an update with more than so many times the median weight
 
+# %% ../../nbs/62_engine.federate.ipynb #7465f94e
 @dataclasses.dataclass
 class Listeners:
     "Who is told what happens."
@@ -189,6 +195,7 @@ class Renewal:
 
     def due(self, t: int) -> bool: return bool(self.refresh) and t > 1 and (t - 1) % self.refresh == 0
 
+# %% ../../nbs/62_engine.federate.ipynb #edb4b122
 @dataclasses.dataclass
 class Memory:
     "What a federation carries from round to round, beside its state and its rule's."
@@ -206,7 +213,7 @@ def checked_state(
     if not isinstance(state, dict): raise InputError(f'state is of type {type(state).__name__}: give named tensors')
     for name, t in state.items():
         if not isinstance(name, str): raise InputError(f'state has a name that is no text: {shown(name)}')
-        if fault := tensor_fault(t): raise InputError(f'state {name!r} {fault}: leave it out, or make it a plain tensor')
+        if fault := tensor_fault(t): raise InputError(f'state {name!r} {fault}: a plain tensor is needed')
     return own_state(state)
 
 # %% ../../nbs/62_engine.federate.ipynb #2178a4fc
@@ -218,7 +225,7 @@ class Federation:
     train: LocalTrainer # (global state, client, round) -> update
     _: dataclasses.KW_ONLY
     rule: Any = dataclasses.field(default_factory=FedAvg) # Has `step(global_state, updates) -> global_state`
-    measure: Callable[[State], dict] = lambda state: {} # What to record of a global state; what is not finite ends the run
+    measure: Callable[[State], dict] = lambda state: {} # What to record; what is not finite ends the run
     inspect: Callable[[State, list[Update], State], dict] = lambda before, updates, after: {} # What else to record
     seed: int = 0 # The run's seed
     execute: Callable = serial # Runs the local trainings of a round
@@ -300,7 +307,8 @@ def plain_numbers(
 def usual_norm(self: Federation) -> float:
     "The median length of a change so far; at the start that of the model."
     known = [row['drift'] for row in self.rows if row.get('drift')]
-    return median(known) if known else norm({n: t for n, t in self.state.items() if t.is_floating_point()})
+    if known: return median(known)
+    return norm({n: t for n, t in self.state.items() if t.is_floating_point()})
 
 # %% ../../nbs/62_engine.federate.ipynb #4de06eb9
 @patch
@@ -377,6 +385,7 @@ def drift_and_loss(
     loss = losses / sum(u.weight for u in good)
     return {'train_loss': loss, **drift, 'images': total('images'), 'local_seconds': float(total('seconds'))}
 
+# %% ../../nbs/62_engine.federate.ipynb #d236e8eb
 def without_control(
     state: State, # A global state or an update
 ) -> State: # Its weights and statistics
@@ -424,6 +433,40 @@ def draw_clients(self: Federation,
     absent = absent_clients(clients, s.client_dropout, seed=self.seed, round=t)
     return clients, [Failure(c, FailureKind.ABSENT, 'dropped out (simulated)') for c in absent]
 
+# %% ../../nbs/62_engine.federate.ipynb #3b80c1bf
+def too_few(
+    t: int, # Which round
+    failures: list[Failure], # Who was left out
+    n_clients: int, # How many were asked
+) -> RoundVoid:
+    "What to raise when too few updates are left."
+    return RoundVoid(f'round {t}: {void_reason(failures, n_clients)}')
+
+# %% ../../nbs/62_engine.federate.ipynb #0cccc551
+def row_of_clients(
+    good: list[Update], # What was averaged
+    failures: list[Failure], # Who was left out
+    bytes_up: int, # What arrived
+    bytes_down: int, # What was sent to clients
+) -> dict: # Columns of a row
+    "What a row tells of who took part."
+    return dict(bytes_up=bytes_up, bytes_down=bytes_down, clients_ok=len(good), clients_failed=len(failures),
+                failures=[f.as_row() for f in failures])
+
+# %% ../../nbs/62_engine.federate.ipynb #ca8bd2b0
+@patch
+def last_row(self: Federation,
+    t: int, # Which round
+    why: Diverged, # Why there are no results
+    counts: dict, # What the row says of the clients
+    began: float, # When the round began
+) -> tuple[dict, Diverged]: # The row, and why it is the last one
+    "A row without results. A round in which numbers ran away has diverged, whatever ended it."
+    if any_diverged(counts['failures']) and isinstance(why, RoundVoid): why = Diverged(str(why))
+    state = 'void' if isinstance(why, RoundVoid) else 'diverged'
+    seconds = time.perf_counter() - began
+    return row_without_results(self.rows) | dict(round=t, seconds=seconds, **counts, state=state), why
+
 # %% ../../nbs/62_engine.federate.ipynb #c7908cf8
 @patch
 def play(self: Federation,
@@ -436,16 +479,11 @@ def play(self: Federation,
     bytes_down, gone = self.count_bytes_down(clients), {f.client for f in absent}
     good, failures, bytes_up = self.collect(t, [c for c in clients if c not in gone])
     failures = sorted(failures + absent, key=lambda f: f.client)
-    counts = dict(bytes_up=bytes_up, bytes_down=bytes_down, clients_ok=len(good), clients_failed=len(failures),
-                  failures=[f.as_row() for f in failures])
+    counts = row_of_clients(good, failures, bytes_up, bytes_down)
     try:
-        if len(good) < max(self.limits.min_clients, 1): raise RoundVoid(f'round {t}: {void_reason(failures, len(clients))}')
+        if len(good) < max(self.limits.min_clients, 1): raise too_few(t, failures, len(clients))
         return self.average(t, good, counts, began)
-    except Diverged as why:
-        if any_diverged(failures) and isinstance(why, RoundVoid): why = Diverged(str(why))
-        row = row_without_results(self.rows) | dict(round=t, seconds=time.perf_counter() - began, **counts)
-        state = 'void' if isinstance(why, RoundVoid) else 'diverged'
-        return row | {'state': state}, why
+    except Diverged as why: return self.last_row(t, why, counts, began)
 
 # %% ../../nbs/62_engine.federate.ipynb #7bee4761
 @patch
@@ -466,6 +504,7 @@ def note_rule(
     try: return {'declared': declared, 'memory': copy.deepcopy(memory)}
     except Exception: return {'declared': declared, 'memory': memory}
 
+# %% ../../nbs/62_engine.federate.ipynb #964e2bd6
 def put_back(
     rule: Any, # A server rule
     noted: dict, # What `note_rule` gave
@@ -551,6 +590,7 @@ def checksum(
     "A checksum of a checkpoint."
     return hashlib.sha256((note + state_hash(tensors)).encode()).hexdigest()
 
+# %% ../../nbs/62_engine.federate.ipynb #0f3bafca
 def bytes_tensor(
     data: bytes, # Anything
 ) -> torch.Tensor: # uint8 (n,)
@@ -567,7 +607,7 @@ def note(self: Federation,
     "What a checkpoint says beside its tensors."
     m = self.memory
     clients = dict(seen_clients=sorted(m.seen_clients), outdated_clients=sorted(m.outdated_clients))
-    said = dict(key=key, rows=m.rows, **clients, order=order, rule=rule, kept=sorted(m.client_states))
+    said = dict(key=key, rows=m.rows, **clients, order=order, rule=rule)
     return json.dumps(said, default=plain_value).encode()
 
 # %% ../../nbs/62_engine.federate.ipynb #3626a3ba
@@ -579,11 +619,11 @@ def checkpoint(self: Federation,
     self.roll_back()
     rule, parts = rule_memory(self.rule), {'state': self.state, 'renewed_from': self.memory.renewed_from or {}}
     parts['rule'] = {n: t for n, t in rule.items() if isinstance(t, torch.Tensor)}
-    values = {n: v for n, v in rule.items() if n not in parts['rule']}
-    tensors, order = {}, {part: list(state) for part, state in parts.items()}  # sums are taken in this order
+    values, tensors = {n: v for n, v in rule.items() if n not in parts['rule']}, {}
     for part, state in parts.items(): tensors |= {f'{part}/{n}': t for n, t in state.items()}
-    for client, state in self.memory.client_states.items():
-        tensors[f'client_states/{client}'] = bytes_tensor(safetensors.torch.save(copy_state(state)))
+    kept = {f'client_states/{client}': state for client, state in self.memory.client_states.items()}
+    for part, state in kept.items(): tensors[part] = bytes_tensor(safetensors.torch.save(copy_state(state)))
+    order = {part: list(state) for part, state in (parts | kept).items()}  # sums are taken in this order
     return tensors | {'note': bytes_tensor(self.note(key, values, order))}
 
 # %% ../../nbs/62_engine.federate.ipynb #add9aa03
@@ -593,7 +633,9 @@ def checkpoint_files(
     "The checkpoints in `folder`. Raises `InputError` when it cannot be looked into."
     try: names = os.listdir(folder)
     except FileNotFoundError: return []
-    except OSError as e: raise InputError(f'checkpoints in {str(folder)!r} cannot be listed now: {e.strerror}') from None
+    except OSError as e:
+        why = f'checkpoints in {str(folder)!r} cannot be listed now: {e.strerror}'
+        raise InputError(f'{why}; mend that and go on again') from None
     return sorted(folder/n for n in names if n.startswith('round-') and n.endswith('.safetensors'))
 
 # %% ../../nbs/62_engine.federate.ipynb #16eb8a32
@@ -625,6 +667,19 @@ def read_tensors(
     except Exception as e: raise ValueError(described(e)) from None
     return tensors, header.get('__metadata__') or {}
 
+# %% ../../nbs/62_engine.federate.ipynb #7ba4c892
+def parts_of(
+    tensors: State, # What a checkpoint holds
+    order: dict[str, list[str]], # The names of each part's tensors, in their order
+) -> dict[str, State]:
+    "A checkpoint's tensors, sorted out. What a client has kept is a file within the file, or lies open in older ones."
+    parts = {}
+    for part, names in order.items():
+        held, prefix = tensors, f'{part}/'
+        if part in tensors: held, prefix = safetensors.torch.load(tensors[part].numpy().tobytes()), ''
+        parts[part] = {n: held[prefix + n] for n in names}
+    return parts
+
 # %% ../../nbs/62_engine.federate.ipynb #61a44639
 def read_checkpoint(
     path: Path, # A file that `save` wrote
@@ -633,22 +688,10 @@ def read_checkpoint(
     tensors, about = read_tensors(path)
     if 'seal' in about:
         raise InputError(f'checkpoint {str(path)!r} is of an earlier version: go on with that, or begin anew')
-    if checksum(tensors, about.get('note', '')) != about.get('checksum'): raise ValueError('its checksum does not match')
+    whole = checksum(tensors, about.get('note', '')) == about.get('checksum')
+    if not whole: raise ValueError('its checksum does not match')
     note = json.loads(about['note'] if 'note' in about else tensors['note'].numpy().tobytes())
-    return parts_of(tensors, note), note
-
-def parts_of(
-    tensors: State, # What a checkpoint holds
-    note: dict, # What is noted beside it
-) -> dict[str, State]: # By part, in the order that is noted
-    "A checkpoint's tensors, sorted out."
-    parts = {part: only(tensors, part, names) for part, names in note['order'].items()}
-    for client in note.get('kept', ()):
-        part = f'client_states/{client}'
-        parts[part] = safetensors.torch.load(tensors[part].numpy().tobytes())
-    return parts
-
-def only(tensors: State, part: str, names: list[str]) -> State: return {n: tensors[f'{part}/{n}'] for n in names}
+    return parts_of(tensors, note['order']), note
 
 # %% ../../nbs/62_engine.federate.ipynb #522e6976
 @patch
