@@ -39,6 +39,8 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path: return self.path/'checkpoints'  # it is there for as long as the run is not complete
     @property
+    def report(self) -> Path: return self.path/'report.html'
+    @property
     def weights(self) -> Path: return self.path/'weights'
 
 # %% ../../nbs/75_study.folder.ipynb #ab89e7ca
