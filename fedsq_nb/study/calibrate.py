@@ -109,7 +109,7 @@ def accidents(
 # %% ../../nbs/74_study.calibrate.ipynb #4d3adb2b
 def undisturbed(
     play: Callable[[], Sequence[dict]], # Plays one run from its start and gives its rows
-    on_loss: Callable[[list[dict], bool], None] = lambda lost, again: None, # Told who was lost, and if it is played again
+    on_loss: Callable[[list[dict], bool], None] = lambda lost, again: None, # Who was lost, and is it played again?
     attempts: int = 3, # How often to play it at most
 ) -> Sequence[dict]: # The rows of the last attempt
     "The rows of a run that lost no client by accident, if that can be had."

@@ -387,7 +387,8 @@ def check_whole(
     run = RunFolder(Path(folder))
     if not run.sums.is_file(): return  # not complete, or of an earlier version
     lines = run.sums.read_text(encoding='utf-8', errors='replace').splitlines()
-    then = {name: digest for digest, _, name in (line.partition('  ') for line in lines)}
+    pairs = [line.partition('  ')[::2] for line in lines]
+    then = {name: digest for digest, name in pairs}
     for name, digest in run.digests().items():
         if then.get(name) == digest: continue
         raise InputError(f'{name} in {str(folder)!r} is not as the run wrote it (SHA256SUMS tells): it is damaged, '
