@@ -41,6 +41,8 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path: return self.path/'checkpoints'  # it is there for as long as the run is not complete
     @property
+    def report(self) -> Path: return self.path/'report.html'
+    @property
     def weights(self) -> Path: return self.path/'weights'
     @property
     def sums(self) -> Path: return self.path/'SHA256SUMS'
