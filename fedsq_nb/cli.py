@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARSERS', 'SUMMARIES', 'COMMANDS', 'OneLineParser', 'option_of', 'add_setting', 'add_settings', 'HelpAll',
            'compare_parser', 'report_parser', 'bench_parser', 'methods_parser', 'top_parser', 'parse', 'unknown',
-           'readable', 'tell', 'stored_settings', 'config_of', 'planned_steps', 'Pace', 'ErrorBar', 'Progress',
-           'row_text', 'left_out_text', 'fingerprint', 'origin_line', 'show', 'error_text', 'resume_command',
-           'report_command', 'stopped_text', 'attempted', 'close_output', 'present', 'run_compare', 'run_report',
-           'run_methods', 'named', 'bench_weights', 'bench_rows', 'run_bench', 'status_of', 'main']
+           'readable', 'tell', 'stored_settings', 'config_of', 'Pace', 'ErrorBar', 'Progress', 'row_text',
+           'left_out_text', 'fingerprint', 'origin_line', 'show', 'error_text', 'resume_command', 'report_command',
+           'stopped_text', 'attempted', 'close_output', 'present', 'run_compare', 'run_report', 'run_methods', 'named',
+           'bench_weights', 'bench_rows', 'run_bench', 'status_of', 'main']
 
 # %% ../nbs/90_cli.ipynb #b8084ae1
 import argparse, contextlib, hashlib, json, os, shlex, sys, time
@@ -222,15 +222,6 @@ def config_of(
     name = f"{Path(config.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return config.replace(out=str(Path('runs')/name))
 
-# %% ../nbs/90_cli.ipynb #735ac3bb
-def planned_steps(
-    config: 'Config', # Settings
-) -> dict[str, int]: # Rounds of one 'trial', number of 'trials' a method, rounds of all 'runs'
-    "How many rounds to expect, if no grid of rates has to be extended."
-    trial = (config.calibration_rounds or config.rounds)*config.calibration_seeds
-    trials = len(config.rates) if config.lr == 'auto' else 0
-    return {'trial': trial, 'trials': trials, 'runs': config.seeds*len(config.methods)*config.rounds}
-
 # %% ../nbs/90_cli.ipynb #c8e12ced
 class Pace:
     "How long a step takes, judged by those that were played just now."
@@ -256,8 +247,10 @@ class ErrorBar(ProgressBar):
 class Progress:
     "Listens to the rows of a comparison and shows how far it is."
     def __init__(self, config: 'Config', clock: Callable[[], float] = time.monotonic):
-        self.rounds, self.plan, self.pace = config.rounds, planned_steps(config), Pace(clock)
-        self.total = self.plan['runs'] + self.plan['trial']*self.plan['trials']*len(config.methods)
+        from fedsq_nb.study.experiment import planned_rounds
+        self.rounds, self.rates, self.pace = config.rounds, len(config.rates), Pace(clock)
+        plan = planned_rounds(config)
+        self.trial_rounds, self.total = plan['trial'], plan['calibration'] + plan['runs']
         self.bar = ErrorBar(range(self.total), total=self.total) if sys.stderr.isatty() else None
         self.done, self.within, self.tried = 0, 0, {}
 
@@ -308,8 +301,8 @@ def trial(self: Progress,
 ) -> None:
     "Count what is left of a trial that is complete, and say what it found."
     self.tried[row['method']] = self.tried.get(row['method'], 0) + 1
-    if self.tried[row['method']] > self.plan['trials']: self.total += self.plan['trial']
-    self.done, self.within = self.done + self.plan['trial'] - self.within, 0
+    if self.tried[row['method']] > self.rates: self.total += self.trial_rounds
+    self.done, self.within = self.done + self.trial_rounds - self.within, 0
     self.say(row_text(row, self.rounds))
     if self.bar: self.draw(row_text(row, self.rounds).strip())
 
@@ -320,7 +313,7 @@ def trial_row(self: Progress,
 ) -> None:
     "Count a round of the calibration."
     self.pace.step(row)
-    if row['round'] == 0 or self.within == self.plan['trial']: return
+    if row['round'] == 0 or self.within == self.trial_rounds: return
     self.done, self.within = self.done + 1, self.within + 1
     if self.bar: self.draw(f"{row['method']}, learning rate {row['lr']:g}")
 
@@ -453,7 +446,7 @@ def run_compare(
     from fedsq_nb.study.experiment import compare
     from fedsq_nb.study.folder import is_begun
     progress = Progress(config)
-    try: result = compare(config, say=progress.say, on_row=progress.row)
+    try: result = compare(config, say=progress.say, on_row=progress.row, on_trial_row=progress.trial_row)
     except KeyboardInterrupt:
         progress.say(stopped_text(config.out))
         return 130
@@ -473,9 +466,10 @@ def run_report(
 ) -> int: # Exit status
     "`fedsq report`: read, print, report."
     from fedsq_nb.core import check_name
-    from fedsq_nb.study.folder import read_rows
+    from fedsq_nb.study.folder import check_whole, read_rows
     from fedsq_nb.study.summary import missing
     rows = read_rows(args.folder)
+    check_whole(args.folder)
     baseline = check_name(args.baseline, rows.method.unique(), 'baseline') if args.baseline else rows.method.iloc[0]
     page = present(rows, baseline, Path(args.folder), args.json)
     for line in missing(args.folder): tell(f'unfinished: {line}')
