@@ -10,8 +10,8 @@ __all__ = ['LARGE', 'MAX_PIXELS', 'LAYOUT', 'CLIENT_LEVELS', 'PARTS', 'NPZ_PAIRS
            'npz_arrays', 'class_names', 'read_npz', 'item_bytes', 'tensor_bytes', 'item_pair', 'item_label',
            'check_repeats', 'from_dataset', 'dataset_classes', 'code_labels', 'stack_pictures', 'renumbered',
            'join_clients', 'is_loaders', 'from_loaders', 'is_hub_dataset', 'Rows', 'from_hub', 'read_torchvision',
-           'Reading', 'whole_path', 'read_path', 'read_csv', 'read_object', 'read_mapping', 'parts_of_clients',
-           'same_classes', 'same_owners', 'read_parts', 'data_name', 'load_data']
+           'Reading', 'whole_path', 'check_fits', 'read_path', 'read_csv', 'read_object', 'read_mapping',
+           'parts_of_clients', 'same_classes', 'same_owners', 'read_parts', 'data_name', 'load_data']
 
 # %% ../../nbs/16_data.sources.ipynb #23573453
 import contextlib, os, sys, warnings, zipfile
@@ -43,7 +43,7 @@ def to_square(
     upright = ImageOps.exif_transpose(im).convert(mode).resize((size, size), Image.Resampling.BILINEAR)
     return np.atleast_3d(np.asarray(upright)).transpose(2, 0, 1)
 
-# %% ../../nbs/16_data.sources.ipynb #f3ea8ac6
+# %% ../../nbs/16_data.sources.ipynb #56473547
 LARGE = 1_000_000 # JPEGs of more pixels are decoded at a fraction of their size
 MAX_PIXELS = 100_000_000 # Pictures of more pixels are not decoded at all
 
@@ -76,7 +76,7 @@ class Listing(NamedTuple):
     labels: list[str] # The class of each, by name (n,)
     owners: list[str] | None = None # The natural client of each, by name (n,)
 
-# %% ../../nbs/16_data.sources.ipynb #d9a7fafe
+# %% ../../nbs/16_data.sources.ipynb #5fef18aa
 def machine_memory() -> int: # Bytes
     "Memory of this machine; more than there can be where the system does not say."
     try: return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
@@ -301,7 +301,7 @@ def within(
     try: yield
     except (InputError, OSError) as e: raise InputError(f'{what}: {e}') from None
 
-# %% ../../nbs/16_data.sources.ipynb #c1fa7840
+# %% ../../nbs/16_data.sources.ipynb #a42d3765
 def check_zip(
     path: Path, # A file
 ) -> None:
@@ -332,7 +332,7 @@ def npz_arrays(
                          'save plain numbers, and names as dtype str') from None
     return arrays, found
 
-# %% ../../nbs/16_data.sources.ipynb #2f7bbbcb
+# %% ../../nbs/16_data.sources.ipynb #d51a103d
 def class_names(
     names: np.ndarray | None, # The array `classes`, text or bytes
 ) -> list[str] | None:
@@ -469,7 +469,7 @@ def stack_pictures(
                          f'{pictures[0].shape[2]}: resize them all, or give Pillow images')
     return torch.from_numpy(np.stack([np.broadcast_to(p, (channels, *p.shape[1:])) for p in pictures]))
 
-# %% ../../nbs/16_data.sources.ipynb #0c5c8663
+# %% ../../nbs/16_data.sources.ipynb #6ec710fb
 def renumbered(
     numbers: Tensor, # int64 (n,), positions in `names`
     names: Sequence[str], # What each number stands for
@@ -574,13 +574,26 @@ class Reading(NamedTuple):
     client_column: str = '' # Tables and hub datasets: the natural client
     max_pixels: int = MAX_PIXELS # Larger picture files are unreadable
 
-# %% ../../nbs/16_data.sources.ipynb #17c10392
+# %% ../../nbs/16_data.sources.ipynb #6e7786a1
 def whole_path(
     path: str | Path, # As somebody wrote it
 ) -> Path: # With the home folder for ~
     "A path. Raises `InputError` for the home of somebody who is not known here."
     try: return Path(path).expanduser()
     except RuntimeError: raise InputError(f'there is no home folder for {str(path)!r}: write the whole path') from None
+
+# %% ../../nbs/16_data.sources.ipynb #17709060
+def check_fits(
+    how: Reading, # How to read
+    folder: bool = False, # Are the data a folder of pictures?
+    table: bool = False, # Are they a table?
+) -> None:
+    "Raise `InputError` for a level of folders or a column of a table, where there is none."
+    if how.client_level and not folder:
+        raise InputError(f'client_level {how.client_level!r} is for folders: a table has client_column')
+    if table: return
+    for column in ('path_column', 'label_column', 'client_column'):
+        if name := getattr(how, column): raise InputError(f'{column} {name!r} is for tables (.csv)')
 
 # %% ../../nbs/16_data.sources.ipynb #5c133df1
 def read_path(
@@ -590,10 +603,7 @@ def read_path(
     "The parts in a file or folder. Raises `InputError`."
     if not (path.is_dir() or path.is_file()): raise InputError('is a device or a pipe: give a file or a folder')
     table = path.suffix.lower() == '.csv' and not path.is_dir()
-    if how.client_level and not path.is_dir():
-        raise InputError(f'client_level {how.client_level!r} is for folders: a table has client_column')
-    for column in () if table else ('path_column', 'label_column', 'client_column'):
-        if name := getattr(how, column): raise InputError(f'{column} {name!r} is for tables (.csv)')
+    check_fits(how, folder=path.is_dir(), table=table)
     if path.is_dir(): return read_folder(path, how.size, how.skip_bad, how.client_level, how.max_pixels)
     if table: return read_object(read_csv(path), how._replace(root=how.root or path.parent))
     return read_npz(path), 0
@@ -640,7 +650,7 @@ def read_mapping(
     for name in data: check_name(name, PARTS, 'part')
     return {PARTS[name]: parts['train'] for name, parts in read.items()}, skipped
 
-# %% ../../nbs/16_data.sources.ipynb #f477fa1a
+# %% ../../nbs/16_data.sources.ipynb #01a0e28f
 def parts_of_clients(
     read: Mapping[str, dict[str, ImageSet]], # The parts of each client, by its name
 ) -> dict[str, ImageSet]: # The parts of all
@@ -682,6 +692,7 @@ def read_parts(
 ) -> tuple[dict[str, ImageSet], int]: # The parts, and how many pictures were left out
     "The parts that a source has. Raises `InputError`."
     if not isinstance(data, (str, Path)): return read_object(data, how)
+    if str(data) in NAMES: check_fits(how)
     if str(data) == 'digits': return {'train': digits()}, 0
     if str(data) not in NAMES: return read_path(whole_path(data), how)
     return read_torchvision(str(data), whole_path(how.root or '~/.cache/fedsq_nb/data')), 0
