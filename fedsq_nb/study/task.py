@@ -34,9 +34,9 @@ from ..data.skew import feature_skew
 from ..gating.cache import GateCache, cache_key, check_cache_folder, gate_cache, plan, verdict
 from ..gating.dualcopy import DualCopy
 from ..gating.graph import matches, sites_of, trace
-from ..server.privacy import PrivateFedAvg, epsilon
+from ..server.privacy import epsilon
 from .config import Config, check_clients, participants, settings_for
-from .methods import ServerContext, gated, method_of
+from .methods import known_values, method_of
 from .settings import PARTITIONS
 
 # %% ../../nbs/73_study.task.ipynb #b116269a
@@ -293,7 +293,7 @@ def load_task(
     task = Task(config, dataclasses.replace(splits, **parts), form, make=make)
     return dataclasses.replace(task, notes=tuple(check_task(task)))
 
-# %% ../../nbs/73_study.task.ipynb #ec2ee8c4
+# %% ../../nbs/73_study.task.ipynb #512cce6d
 def with_natural_clients(
     wanted: Config, # The settings as they were given
     config: Config, # The same with nothing left `auto`
@@ -307,7 +307,7 @@ def with_natural_clients(
     check_clients(config)
     return config
 
-# %% ../../nbs/73_study.task.ipynb #43a29e5a
+# %% ../../nbs/73_study.task.ipynb #84c662c1
 def fresh_model(make: Callable[[int], nn.Module], n_classes: int, seed: int) -> nn.Module:
     "A network of one's own as the run of that seed begins with it."
     with seeded(seed, 'model'): return make(n_classes)
@@ -327,7 +327,7 @@ def check_task(
     images = 'image was' if skipped == 1 else 'images were'
     notes = [Note(NoteKind.SKIPPED, f'{skipped} unreadable {images} left out')] if skipped else []
     notes += fresh
-    needs_gates = any(method_of(m).parametrise is gated for m in c.methods)
+    needs_gates = any(method_of(m).gated for m in c.methods)
     if fresh and needs_gates: notes.append(Note(NoteKind.UNLEARNED, UNLEARNED))
     if needs_gates: check_gates(task, network)
     checked = [check_method(task, method) for method in c.methods]
@@ -336,7 +336,7 @@ def check_task(
     if any(private for _, private in checked): notes.append(Note(NoteKind.PRIVACY, privacy_promise(c)))
     return notes
 
-# %% ../../nbs/73_study.task.ipynb #f5a58837
+# %% ../../nbs/73_study.task.ipynb #0d86111a
 def check_gates(
     task: Task, # As loaded
     network: nn.Module, # Its network
@@ -348,10 +348,10 @@ def check_gates(
     names = list(sites_of(trace(network)).values()) if patterns else []
     for pattern in patterns:
         if any(matches(name, pattern) for name in names): continue
-        sites = ', '.join(gated(network, task.config.replace(plain_sites='')).symbols)
+        sites = ', '.join(DualCopy(network, unknown=c.unknown).symbols)
         raise InputError(f'plain_sites {pattern!r} matches no site of the network, which are {sites}')
 
-# %% ../../nbs/73_study.task.ipynb #967ad422
+# %% ../../nbs/73_study.task.ipynb #cb163faa
 def seeds_of(
     config: Config, # Its `seed` and `seeds`
 ) -> range:
@@ -365,16 +365,17 @@ def check_method(
 ) -> tuple[nn.Module, bool]: # Its model, and whether its mean is private
     "Make a method's model and have its server rule average a round of nothing."
     c, m, parts = task.config, method_of(method), task.parts(task.config.seed)
-    model = m.parametrise(task.network(c.seed), settings_for(c, method))
+    own = settings_for(c, method)
+    known = known_values(own.gates, own.algorithms, seed=c.seed, client_momentum=c.momentum, per_round=c.per_round,
+                         client_sizes=[len(p) for p in parts])
+    model = m.make_model(task.network(c.seed), **known)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(f'freeze {c.freeze!r} leaves {method} nothing to train: leave at least one layer free')
-    m.at_home(model)
-    context = ServerContext(c, 0.01, [len(p) for p in parts], c.seed)
-    inner = m.rule(context)
-    rule, zero, n = m.around(context, inner), {'w': torch.zeros(1)}, c.per_round or len(parts)
+    m.local_names(model)
+    rule, zero, n = m.make_rule(**known), {'w': torch.zeros(1)}, c.per_round or len(parts)
     try: rule.step(zero, [Update(k, 1, zero, len(parts[k]), {'steps': 1}) for k in range(n)])
     except InputError as e: raise InputError(f'{method} cannot average the {n} clients of a round: {e}') from None
-    return model, isinstance(inner, PrivateFedAvg)
+    return model, m.private
 
 def privacy_promise(
     c: Config, # Its noise, delta, rounds and sampling
