@@ -243,7 +243,7 @@ def bench_options(
             train = LocalTraining(deepcopy(model), data, parts, shape.form, lr=0.05, batch_size=shape.batch_size,
                                   **option)
             return lambda: engine(model, data, parts, state, shape, train=train)
-        ways = {'channels last': dict(order=torch.channels_last), 'bfloat16': dict(precision=torch.bfloat16),
+        ways = {'channels last': dict(memory_format=torch.channels_last), 'bfloat16': dict(precision=torch.bfloat16),
                 'compiled': dict(compiled=True)}
         jobs = {'plain': job()} | {what: job(**option) for what, option in ways.items()}
         seconds = take_turns(jobs, turns)
