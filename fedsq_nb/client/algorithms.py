@@ -48,8 +48,8 @@ def stored_or_zero(
     name: str, # Its name there
     like: Tensor, # Gives shape, type and device
 ) -> Tensor:
-    "What `state` holds under `name`; zeros if it holds nothing."
-    return state[name].to(like) if name in state else torch.zeros_like(like)
+    "What `state` holds under `name`, without the graph it may come with; zeros if it holds nothing."
+    return state[name].detach().to(like) if name in state else torch.zeros_like(like)
 
 # %% ../../nbs/44_client.algorithms.ipynb #568a368f
 def context_of(
@@ -181,7 +181,9 @@ class Moon(Callback):
         self.clean_up()
         self.learn.context.keep |= prefixed(shared_state(self.learn.model), LAST_NETWORK)
 
-    def clean_up(self): self.hook.remove()
+    def clean_up(self):
+        self.hook.remove()
+        self.z = None  # it holds the last batch's graph
 
 # %% ../../nbs/44_client.algorithms.ipynb #cb108ab4
 @patch

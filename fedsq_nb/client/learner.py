@@ -402,6 +402,7 @@ def fit_with_callbacks(self: LocalTraining,
     try:
         learn.fit(self.epochs, self.lr)
         learn.remove_cbs(own)
+        learn.xb = learn.yb = learn.pred = learn.loss_grad = None  # the last batch, with its graph
     except BaseException:
         self.learner = None
         for cb in own: getattr(cb, 'clean_up', tuple)()
