@@ -254,7 +254,7 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 def norm_names(
     model: nn.Module, # A plain network or a `DualCopy`
 ) -> list[str]: # Names of tensors, as they travel
-    "What FedBN keeps with each client: batch norms' scales, shifts, statistics. Raises `InputError` when there are none."
+    "What FedBN keeps with each client: all tensors of batch norms. Raises `InputError` when there are none."
     net = trained_copy(model)
     norms = {name: m for name, m in net.named_modules() if isinstance(m, NORMS)}
     names = []

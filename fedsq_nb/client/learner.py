@@ -156,7 +156,8 @@ def listeners(self: LocalLearner,
         attributes |= dict(known_callbacks=list(callbacks), sorted_callbacks=in_order, by_event={})
     found = attributes['by_event'].get(event_name)
     if found is None:
-        found = [(cb, getattr(cb, event_name)) for cb in attributes['sorted_callbacks'] if hasattr(type(cb), event_name)]
+        asked = [cb for cb in attributes['sorted_callbacks'] if hasattr(type(cb), event_name)]
+        found = [(cb, getattr(cb, event_name)) for cb in asked]
         attributes['by_event'][event_name] = found
     return found
 
@@ -262,7 +263,7 @@ class LocalTraining:
     momentum: float = 0.9 # Momentum of SGD
     weight_decay: float = 0. # Coefficient of the L2 penalty's gradient
     augment: Augment | None = None # How training images vary
-    callbacks: Callable[[], Iterable[Callback]] = tuple # Makes the client algorithm's callbacks: `lambda: [FedProx(0.1)]`
+    callbacks: Callable[[], Iterable[Callback]] = tuple # Makes the client algorithm's callbacks: `lambda: [FedProx()]`
     stored_gates: Any = None # Gates of all training images, computed before: a `GateCache`
     kept_names: Sequence[str] = () # Names of tensors that every client keeps to itself
     stragglers: float = 0. # Share of the trainings that end early, after a share of their steps drawn from 0 to 1
@@ -477,7 +478,8 @@ def __call__(self: LocalTraining,
     "Train one client for one round."
     began, client_state = time.perf_counter(), self.client_states.get(client, {})
     self.receive(state, client_state)
-    context = ClientContext(client, round, state, client_state, self.lr, self.momentum, partial(self.class_counts, client))
+    counts = partial(self.class_counts, client)
+    context = ClientContext(client, round, state, client_state, self.lr, self.momentum, counts)
     loss = self.train(context)
     send, keep = self.outcome(context)
     metrics = {'train_loss': loss.mean, 'steps': loss.steps, 'images': loss.images}
