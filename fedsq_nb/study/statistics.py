@@ -6,7 +6,7 @@
 __all__ = ['MOST_PAIRS', 'paired_differences', 'bootstrap_interval', 'sign_flip_p', 'smallest_p', 'holm', 'Verdict', 'verdicts',
            'first_reached', 'median_reached', 'area_under_curve']
 
-# %% ../../nbs/67_study.statistics.ipynb #9e127766
+# %% ../../nbs/67_study.statistics.ipynb #1a0dd99d
 import dataclasses, math
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from scipy import stats
 
 from ..core import InputError, check_number, rng
 
-# %% ../../nbs/67_study.statistics.ipynb #a46ea255
+# %% ../../nbs/67_study.statistics.ipynb #93140bff
 def paired_differences(
     ours: dict[int, float], # Value by seed; None or NaN where a run diverged
     theirs: dict[int, float], # Value by seed
@@ -25,7 +25,7 @@ def paired_differences(
     both = sorted(seed for seed in ours if seed in theirs and finite(ours[seed]) and finite(theirs[seed]))
     return np.array([ours[seed] - theirs[seed] for seed in both], dtype=float)
 
-# %% ../../nbs/67_study.statistics.ipynb #bad65e24
+# %% ../../nbs/67_study.statistics.ipynb #7100315b
 def bootstrap_interval(
     differences: Sequence[float], # One for each pair
     *,
@@ -42,7 +42,7 @@ def bootstrap_interval(
     found = stats.bootstrap((d,), np.mean, confidence_level=level, n_resamples=resamples, method='BCa', rng=draws)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
-# %% ../../nbs/67_study.statistics.ipynb #809eddcd
+# %% ../../nbs/67_study.statistics.ipynb #1bc67aa3
 MOST_PAIRS = 20 # Up to so many all sign patterns are counted
 
 def sign_flip_p(
@@ -57,14 +57,14 @@ def sign_flip_p(
     found = stats.permutation_test((d,), mean, permutation_type='samples', n_resamples=np.inf, vectorized=True)
     return min(1., float(found.pvalue))
 
-# %% ../../nbs/67_study.statistics.ipynb #36ad7e0b
+# %% ../../nbs/67_study.statistics.ipynb #c13cfce8
 def smallest_p(
     pairs: int, # How many seeds both methods have
 ) -> float: # 1 for fewer than two
     "The smallest two-sided p that a sign-flip test of so many pairs can give."
     return 2 / 2**pairs if pairs > 1 else 1.
 
-# %% ../../nbs/67_study.statistics.ipynb #6c612e11
+# %% ../../nbs/67_study.statistics.ipynb #c8116188
 def holm(
     p_values: Sequence[float], # One for each comparison of a table
 ) -> list[float]: # Adjusted, in the same order
@@ -75,7 +75,7 @@ def holm(
         adjusted[i] = min(1., most)
     return adjusted
 
-# %% ../../nbs/67_study.statistics.ipynb #469931f4
+# %% ../../nbs/67_study.statistics.ipynb #346a0736
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     "What paired differences allow to say."
@@ -93,10 +93,10 @@ class Verdict:
     def __str__(self) -> str: # One line
         if self.pairs == 0: return 'no pair'
         if self.pairs == 1: return f'{self.mean:+.1f}, one pair: nothing can be said'
-        end = '' if self.told_apart else ', not told apart'
-        return f'{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}], p {self.p:.2g} of at least {self.smallest:.2g}{end}'
+        interval, end = f'[{self.low:+.1f}, {self.high:+.1f}]', '' if self.told_apart else ', not told apart'
+        return f'{self.mean:+.1f} {interval}, p {self.p:.2g} of at least {self.smallest:.2g}{end}'
 
-# %% ../../nbs/67_study.statistics.ipynb #eaa44946
+# %% ../../nbs/67_study.statistics.ipynb #1159232d
 def verdicts(
     differences: dict[str, Sequence[float]], # Paired differences of each comparison of one table
     *,
@@ -111,11 +111,11 @@ def verdicts(
         found[name] = Verdict(len(d), mean, *bootstrap_interval(d, level=level, seed=seed), p[name], smallest_p(len(d)))
     return found
 
-# %% ../../nbs/67_study.statistics.ipynb #eb8a63b0
+# %% ../../nbs/67_study.statistics.ipynb #4cef67b0
 def first_reached(
     values: Sequence[float], # Accuracy after each round, in order; None or NaN where there is none
     target: float, # What counts as reached
-    costs: Sequence[float] | None = None, # What each of these rounds had cost in all, bytes for instance; None: its place
+    costs: Sequence[float] | None = None, # What had been spent by each of these rounds; None: its place
 ) -> float: # inf: not reached
     "The first round, or the cost by then, at which `values` is at least `target`."
     for i, value in enumerate(values):
@@ -130,12 +130,13 @@ def median_reached(
     ordered, n = sorted(firsts), len(firsts)
     return (ordered[(n - 1)//2] + ordered[n//2]) / 2
 
-# %% ../../nbs/67_study.statistics.ipynb #d996a927
+# %% ../../nbs/67_study.statistics.ipynb #cb894dff
 def area_under_curve(
     values: Sequence[float], # Accuracy after each round, in order, the start first; at least two
     after_divergence: float = 0., # What stands for a round without accuracy
 ) -> float: # In the unit of `values`
     "The mean height of a curve of rounds."
     if len(values) < 2: raise InputError(f'values: {len(values)} rounds have no area; give the start and one more')
-    heights = [after_divergence if v is None or not math.isfinite(v) else v for v in values]
+    def height(value): return after_divergence if value is None or not math.isfinite(value) else value
+    heights = [height(value) for value in values]
     return float(np.trapezoid(heights) / (len(heights) - 1))
