@@ -272,7 +272,8 @@ def bench_process(
     "Peak memory with 1000 clients against 10, and seconds from the start of a run to its first row."
     few = [alone(MEMORY, 10) for _ in range(turns)]
     many = [alone(MEMORY, 1000) for _ in range(turns)]
-    grown, start = [a / b for a, b in zip(many, few)], [alone(START) for _ in range(turns)]
+    grown = [a / b for a, b in zip(many, few)]
+    start = [alone(START) for _ in range(turns)]
     told = [('cnn', 'peak memory, 1000 clients / 10', grown, 1.1), ('digits', 'seconds to the first row', start, 3.)]
     rows = []
     for shape, what, x, limit in told:
