@@ -261,20 +261,21 @@ def test_callbacks_that_come_and_go_meet_the_same_training():
     train.callbacks = lambda: [FedProx(.5)]
     assert bits(train(start, 0, 1).state) == sprung
 
-def test_floats_made_at_once_are_bounded():
+def test_floats_made_at_once_are_bounded(monkeypatch):
     "A batch at a time beyond the limit, where images vary, and where gates are stored."
     made = []
-    class Noting(Batches):
-        def show(self, index, how=None): made.append(len(index)); return super().show(index, how)
+    show = Batches.show
+    def noted(self, index, how=None): made.append(len(index)); return show(self, index, how)
+    monkeypatch.setattr(Batches, 'show', noted)
     def sizes(limit, **options):
         made.clear()
-        order = rng(0, 'order')
-        x = torch.cat([x for x, *_ in one_epoch(Noting(DATA, FORM, PARTS[0], batch_size=8, shuffle=order, **options), limit)])
+        x = torch.cat([x for x, *_ in one_epoch(Batches(DATA, FORM, PARTS[0], **{'batch_size': 8, 'shuffle': rng(0, 'order')} | options), limit)])
         assert len(x) == 33
         return list(made)
     floats = 33*8*8*4
     assert sizes(floats) == [33] and sizes(floats - 1) == [8, 8, 8, 9]
     assert sizes(floats, augment=Augment(flip=True), draws=rng(0)) == [8, 8, 8, 9]
+    assert sizes(floats, shuffle=None) == [33]
     model = DualCopy(small())
     assert sizes(floats, stored_gates=gate_cache(model.eval(), Batches(DATA, FORM, batch_size=8)))[:4] == [8, 8, 8, 9]
 

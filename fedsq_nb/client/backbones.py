@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'FROZEN', 'FROZEN_KINDS', 'Backbone', 'add_backbone', 'torchvision_names', 'image_format', 'guess_format',
            'misfit', 'on_meta', 'minimum_size', 'check_size', 'head_name', 'bare_classifier', 'new_head',
-           'tensor_fault', 'weights_faults', 'load_weights', 'FrozenBatchNorm1d', 'FrozenBatchNorm2d',
+           'weight_fault', 'weights_faults', 'load_weights', 'FrozenBatchNorm1d', 'FrozenBatchNorm2d',
            'FrozenBatchNorm3d', 'freeze_statistics', 'freeze', 'pretrain', 'printed_weights', 'hub_file',
            'check_digest', 'tensors_only', 'architecture', 'own_network', 'check_weights', 'make_network',
            'has_own_head', 'body_of', 'fill_weights', 'fresh_note', 'backbone']
@@ -162,7 +162,7 @@ def new_head(
     return model
 
 # %% ../../nbs/40_client.backbones.ipynb #623b47f9
-def tensor_fault(
+def weight_fault(
     given: torch.Tensor, # What a file holds under a name
     own: torch.Tensor, # What the network has under that name
 ) -> str | None: # None when it fits
@@ -180,7 +180,7 @@ def weights_faults(
 ) -> list[str]:
     "Everything that speaks against loading `given` into a network."
     faults = [f'{k} is not in the network' for k in given if k not in own]
-    found = {k: tensor_fault(v, own[k]) for k, v in given.items() if k in own}
+    found = {k: weight_fault(v, own[k]) for k, v in given.items() if k in own}
     faults += [f'{k} {fault}' for k, fault in found.items() if fault]
     return faults + [f'{k} is missing' for k in fresh if not k.startswith(optional)]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUANTISED_TYPES', 'KNOWN_KINDS', 'quantise_int8', 'quantise_float', 'topk_count', 'topk_index', 'Compression',
            'parse_kind', 'working_type', 'tensor_layout', 'message_layout', 'check_tensor', 'check_layout',
-           'check_index', 'decode_change', 'decode_tensor', 'decode', 'compress', 'unsent', 'error_layout', 'encode',
-           'message_bytes', 'lag', 'plot_lag']
+           'check_positions', 'decode_change', 'decode_tensor', 'decode', 'compress', 'unsent', 'error_layout',
+           'encode', 'bytes_by_part', 'lag', 'plot_lag']
 
 # %% ../../nbs/46_client.compression.ipynb #536dc6f6
 import dataclasses, math
@@ -159,7 +159,7 @@ def check_layout(
     for name, (dtype, shape) in layout.items(): check_tensor(tensors[name], dtype, shape, f'{what}: {name!r}')
 
 # %% ../../nbs/46_client.compression.ipynb #6059fa22
-def check_index(
+def check_positions(
     index: Tensor, # int64 (k,), positions that a stranger sent
     n: int, # Entries of the tensor
     name: str, # The tensor's name, for the message
@@ -180,7 +180,7 @@ def decode_change(
     wide = working_type(like.dtype)
     if kind.share is None: return message[name].to(like.device).to(wide) * message[f'{name}|scale'].to(like.device)
     index = message[f'{name}|index'].to(like.device).long()
-    check_index(index, like.numel(), name)
+    check_positions(index, like.numel(), name)
     change = torch.zeros(like.numel(), dtype=wide, device=like.device)
     change[index] = message[f'{name}|value'].to(like.device).to(wide)
     return change.reshape(like.shape)
@@ -267,7 +267,7 @@ def encode(
     return message, left
 
 # %% ../../nbs/46_client.compression.ipynb #368fc7f4
-def message_bytes(
+def bytes_by_part(
     message: State, # What is sent
     names: Sequence[str], # Names of the state's tensors
 ) -> dict[str, int]: # 'values', 'scales and indices', 'names and shapes'; together the bytes of the file

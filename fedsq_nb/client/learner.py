@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OWN_TENSORS', 'COMPRESSION_ERROR', 'FLOATS_AT_ONCE', 'trained_copy', 'shared_names', 'shared_state', 'constant_state',
            'RunningLoss', 'LocalLoss', 'FedProx', 'LocalLearner', 'TrainMode', 'LocalSGD', 'ClientContext',
-           'LocalTraining', 'under', 'prefixed', 'one_epoch', 'predictions', 'evaluate', 'accuracy_by_class']
+           'LocalTraining', 'under', 'prefixed', 'float_bytes', 'one_epoch', 'predictions', 'evaluate',
+           'accuracy_by_class']
 
 # %% ../../nbs/42_client.learner.ipynb #a3f05db8
 import copy, dataclasses, itertools, math, time, warnings
@@ -434,16 +435,23 @@ def fit_without_callbacks(self: LocalTraining,
 # %% ../../nbs/42_client.learner.ipynb #8e9eecf1
 FLOATS_AT_ONCE = 2**24 # Bytes of float images that an epoch may take at once
 
+def float_bytes(
+    batches: Batches, # What a client trains on
+) -> int: # Bytes
+    "What an epoch's images take as float32."
+    return 4 * len(batches.dataset) * batches.form.channels * batches.form.size**2
+
 def one_epoch(
     batches: Batches, # What a client trains on
     limit: int = FLOATS_AT_ONCE, # Bytes of floats that may be made at once
 ) -> Iterator[tuple]: # As from `batches`
     "An epoch of `batches`, its images turned to floats at once if they are few."
-    floats = 4 * len(batches.dataset) * batches.form.channels * batches.form.size**2
-    if floats > limit or batches.augment != Augment() or batches.stored_gates is not None:
+    shown_alone = type(batches) is Batches and batches.augment == Augment() and batches.stored_gates is None
+    if not shown_alone or float_bytes(batches) > limit:
         yield from batches
         return
-    order = torch.from_numpy(batches.shuffle.permutation(batches.dataset)).to(batches.images.device)
+    order = batches.dataset if batches.shuffle is None else batches.shuffle.permutation(batches.dataset)
+    order = torch.from_numpy(order).to(batches.images.device)
     x, y = batches.show(order), batches.labels.index_select(0, order)
     for begin, end in itertools.pairwise(batch_bounds(len(order), batches.bs)): yield x[begin:end], y[begin:end]
 
