@@ -356,9 +356,9 @@ def run_methods(
     args: argparse.Namespace, # From `parse`
 ) -> int: # Exit status
     "`fedsq methods`: print the table of methods."
-    from fedsq_nb.study.methods import SOURCES
+    from fedsq_nb.study.methods import method_table
     from fedsq_nb.study.report import text_table
-    rows = SOURCES.reset_index()
+    rows = method_table().reset_index()
     if args.json: print(rows.to_json(orient='records', indent=1))
     else: print(text_table(rows[['method', 'source', 'passes', 'down', 'up']]))
     return 0

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..data.images import Format
 from ..client.compression import decode, encode, parse_kind
-from ..client.learner import FedProx, LocalTraining, constant_state, shared_state, trained_copy
+from ..client.learner import LocalTraining, constant_state, shared_state, trained_copy
 from ..core import InputError, State, serialised_bytes, state_hash
 from ..data.batches import Augment, Batches
 from ..data.images import Splits
@@ -39,7 +39,7 @@ from .folder import RunFolder, append_row, check_same_partition, check_same_sett
 from .folder import read_origin
 from .origin import check_origin, contents_of, origin_of
 from .measure import client_accuracies, gap_meter, state_measure
-from .methods import METHODS, Method, ServerContext, method_of
+from .methods import METHODS, Method, add_method, known_values, method_of
 from .task import Task, load_task, own_format, partition_card, seeds_of
 
 # %% ../../nbs/76_study.experiment.ipynb #be09851f
@@ -170,12 +170,15 @@ def participants_of(
     m, task, c = method_of(method), task.seen(parts, seed), settings_for(task.config, method)
     net, t = task.network(seed), c.training
     if anchor: net.load_state_dict({n: v for n, v in anchor.items() if not n.startswith('control/')}, strict=False)
-    model = m.parametrise(net, c).to(c.device)
+    known = known_values(c.gates, c.algorithms, seed=c.seed, client_lr=lr, client_momentum=t.momentum,
+                         client_sizes=[len(p) for p in parts])
+    model = m.make_model(net, **known).to(c.device)
     stored = {'train': task.gates(model, 'train', say), 'valid': task.gates(model, 'valid')}
     if test: stored['test'] = task.gates(model, 'test')
     training = dict(epochs=t.local_epochs, batch_size=t.batch_size, momentum=t.momentum, weight_decay=t.weight_decay,
                     augment=task.augment, stragglers=c.stragglers)
-    algorithm = dict(callbacks=functools.partial(m.callbacks, c), kept_names=tuple(m.at_home(model)), compress=c.compress)
+    algorithm = dict(callbacks=functools.partial(m.make_callbacks, **known), kept_names=tuple(m.local_names(model)),
+                     compress=c.compress)
     measured = dict(test=test, per_client=c.output.per_client, gap=c.output.gap)
     return make_participants(model, task.splits, parts, task.form, lr=lr, stored=stored, seed=seed, device=c.device,
                              **training, **algorithm, **measured)
@@ -245,8 +248,8 @@ def federation_of(
     "A federation for one method."
     m, c, sizes = method_of(method), settings_for(task.config, method), [len(p) for p in parts]
     p, f = participants_of(task, method, seed, lr, parts, test=test, say=say), c.federation
-    proximal = lr*sum(cb.mu for cb in m.callbacks(c) if isinstance(cb, FedProx))
-    context = ServerContext(c, lr, sizes, seed, proximal)
+    known = known_values(c.gates, c.algorithms, seed=seed, client_lr=lr, client_momentum=c.momentum,
+                         client_sizes=sizes, per_round=f.per_round)
     def renew(anchor):
         again = participants_of(task, method, seed, lr, parts, anchor=anchor, test=test)
         return again.train, again.measure
@@ -255,8 +258,7 @@ def federation_of(
     limits = dict(norm_limit=f.norm_limit or None, weight_limit=f.weight_limit or None,
                   min_clients=min(f.min_clients, len(parts)))
     refresh = c.refresh if isinstance(p.model, DualCopy) else 0
-    rule = m.around(context, m.rule(context))
-    return make_federation(p, rule=rule, control=m.control, seed=seed, sampling=Sampling(**drawn),
+    return make_federation(p, rule=m.make_rule(**known), control=m.control, seed=seed, sampling=Sampling(**drawn),
                            limits=Limits(**limits), renewal=Renewal(refresh, renew))
 
 # %% ../../nbs/76_study.experiment.ipynb #b6e9bbb7
