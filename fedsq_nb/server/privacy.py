@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEST_MODE', 'clip_shares', 'clipped_sum', 'system_uniform', 'system_normal', 'noise_source', 'PrivateFedAvg',
-           'updates_of_one_round', 'check_fits', 'accounting_library', 'training_event', 'check_account',
-           'without_log_lines', 'epsilon', 'account_of', 'noise_for', 'promise']
+           'updates_of_one_round', 'check_fits', 'private_part', 'with_releases', 'accounting_library',
+           'training_event', 'check_account', 'without_log_lines', 'epsilon', 'account_of', 'noise_for', 'promise']
 
 # %% ../../nbs/57_server.privacy.ipynb #000febf0
 import contextlib, dataclasses, logging, math, secrets
@@ -164,6 +164,25 @@ def load_state_dict(self: PrivateFedAvg,
     if alien := [name for name in d if name != 'releases']:
         raise InputError(f'PrivateFedAvg keeps a count but was given {alien[0]!r}: resume with the rule that saved it')
     self.releases = d.get('releases', 0) + (self.replayed if self.seed is None else 0)
+
+# %% ../../nbs/57_server.privacy.ipynb #187f0a92
+def private_part(
+    rule: Any, # A server rule, perhaps around another one, its `then` or `average`
+) -> PrivateFedAvg | None: # None where nothing is private
+    "The private rule in a rule."
+    while rule is not None and not isinstance(rule, PrivateFedAvg):
+        rule = getattr(rule, 'then', None) or getattr(rule, 'average', None)
+    return rule
+
+# %% ../../nbs/57_server.privacy.ipynb #3ce6068a
+def with_releases(
+    inspect: Callable[..., dict], # What else is recorded of a round
+    rule: Any, # The server's
+) -> Callable[..., dict]: # The same, and for a private rule `releases`
+    "Record how many noisy models a private rule has made."
+    private = private_part(rule)
+    if private is None: return inspect
+    return lambda *round: {**inspect(*round), 'releases': private.releases}
 
 # %% ../../nbs/57_server.privacy.ipynb #68db52c9
 def accounting_library() -> ModuleType: # `dp_accounting`

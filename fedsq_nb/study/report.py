@@ -8,13 +8,13 @@ __all__ = ['AVERAGING', 'ACCURACIES', 'ROUNDS', 'COSTS', 'MEASURES', 'DIFFERENCE
            'per_seed', 'interval', 'paired', 'bounds_of', 'method_line', 'summary', 'json_value', 'records',
            'human_bytes', 'with_interval', 'table_line', 'table', 'cell_lines', 'column_sizes', 'wrapped', 'one_table',
            'longest_piece', 'text_table', 'markdown_line', 'markdown_table', 'count', 'difference', 'verdict',
-           'headline', 'averaging', 'averaging_notes', 'method_notes', 'notes', 'method_colour', 'method_styles',
-           'Picture', 'plain_text', 'by_round', 'draw_crosses', 'draw_method', 'best_mean', 'finding', 'draw_curves',
-           'curves', 'averaging_curves', 'site_shares', 'gate_shares', 'highest', 'gate_title', 'draw_gates',
-           'gate_maps', 'read_counts', 'partition_maps', 'kind_of_old', 'failures', 'asked_methods', 'missing',
-           'calibration', 'edge_of', 'edge_warnings', 'escaped', 'html_cell', 'html_table', 'html_picture',
-           'html_warning', 'rate_cell', 'calibration_part', 'failure_part', 'flat', 'settings_part', 'picture_part',
-           'averaging_part', 'sections', 'facts', 'page_title', 'report']
+           'headline', 'averaging', 'averaging_notes', 'method_notes', 'replayed', 'replay_notes', 'notes',
+           'method_colour', 'method_styles', 'Picture', 'plain_text', 'by_round', 'draw_crosses', 'draw_method',
+           'best_mean', 'finding', 'draw_curves', 'curves', 'averaging_curves', 'site_shares', 'gate_shares', 'highest',
+           'gate_title', 'draw_gates', 'gate_maps', 'read_counts', 'partition_maps', 'kind_of_old', 'failures',
+           'asked_methods', 'missing', 'calibration', 'edge_of', 'edge_warnings', 'escaped', 'html_cell', 'html_table',
+           'html_picture', 'html_warning', 'rate_cell', 'calibration_part', 'failure_part', 'flat', 'settings_part',
+           'picture_part', 'averaging_part', 'privacy_notes', 'sections', 'facts', 'page_title', 'report']
 
 # %% ../../nbs/78_study.report.ipynb #fce45135
 import base64, html, io, json, os, shutil, textwrap, zlib
@@ -32,7 +32,9 @@ from scipy import stats
 
 from ..core import InputError, atomic_write
 from ..data.partition import heat_map
-from .folder import read_calibration, read_partition, read_rows, read_settings, tidy_rows
+from .config import Config, read_toml
+from .folder import RunFolder, read_calibration, read_partition, read_rows, read_settings, tidy_rows
+from .task import privacy_promise
 
 # %% ../../nbs/78_study.report.ipynb #7b09842a
 AVERAGING = {'gap': 'averaging gap', 'gap_crossing': 'gap from flipped gates',
@@ -378,6 +380,24 @@ def method_notes(
                                  'are the kind ones and would flatter it.')
     return out
 
+def replayed(
+    rows: DataFrame, # Rows of a run
+) -> int: # Of the run that has most of them
+    "Noisy models of private methods beyond one a round: rounds that were played again after a stop."
+    if 'releases' not in rows: return 0
+    runs = rows.dropna(subset='releases').groupby(['method', 'seed'])
+    return int((runs.releases.max() - runs.size()).clip(lower=0).max()) if len(runs) else 0
+
+def replay_notes(
+    rows: DataFrame, # Rows of a run
+) -> list[str]: # A sentence, if there is something to say
+    "What a stop has cost private methods."
+    n = replayed(rows)
+    if not n: return []
+    return [f'private: after stops up to {count(n, "round")} of a run may have been played twice, with other noise; '
+            'the promise in the report counts them.']
+
+# %% ../../nbs/78_study.report.ipynb #09ea0522
 def notes(
     rows: DataFrame, # Rows of a run
 ) -> list[str]: # Sentences of plain text
@@ -394,7 +414,7 @@ def notes(
         'Differences are in percentage points, paired by seed, and not corrected for looking at several methods.',
         'Up and down: bytes per round, all clients together, averaged over rounds. '
         'Time: all rounds of a run, evaluation apart.',
-        *method_notes(s), *averaging_notes(rows)]
+        *method_notes(s), *replay_notes(rows), *averaging_notes(rows)]
 
 # %% ../../nbs/78_study.report.ipynb #f2d37426
 FIRST = {'fedavg': '#0072B2', 'fedprox': '#E69F00', 'fedsq': '#009E73'}
@@ -939,13 +959,26 @@ def averaging_part(
     draw = lambda: averaging_curves(rows)
     return [('What averaging does', picture_part(draw, 'gap and accuracy of clients by round', AVERAGED) + listed)]
 
+def privacy_notes(
+    folder: Path, # A run folder
+    rows: DataFrame, # Its rows
+) -> list[str]: # A sentence, where a method is private
+    "What a run promises its clients by what it has released; one of a version that kept no count was seeded."
+    own = [name for name in rows.method.unique() if 'private' in name.split('+')]
+    if not own: return []
+    try: config = Config(**read_toml(RunFolder(folder).settings))
+    except InputError as error: return [f'private: no promise, because the settings cannot be read: {error}']
+    if 'releases' not in rows: config = config.replace(dp_seeded_noise=True)
+    return [privacy_promise(config, replayed(rows))]
+
+# %% ../../nbs/78_study.report.ipynb #7d52fd4e
 def sections(
     folder: Path, # A run folder
     rows: DataFrame, # Its rows
     baseline: str, # The method that others are held against
 ) -> list[tuple[str, str]]: # Titles and HTML
     "The sections of the page."
-    listed = ''.join(f'<li>{escaped(note)}</li>' for note in notes(rows))
+    listed = ''.join(f'<li>{escaped(note)}</li>' for note in [*notes(rows), *privacy_notes(folder, rows)])
     result = html_table(table(rows, baseline)) + f'<ul class="notes">{listed}</ul>'
     by_round = picture_part(lambda: curves(rows), 'validation accuracy by round for each method', BAND)
     held = picture_part(lambda: partition_maps(folder), 'images per client and class', HELD)
