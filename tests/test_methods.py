@@ -96,7 +96,9 @@ def test_the_promise_and_the_report_say_where_the_noise_came_from(seeded, tmp_pa
 def test_the_report_counts_rounds_that_were_played_again(tmp_path):
     pytest.importorskip('dp_accounting')
     from fedsq_nb.server.privacy import epsilon
-    from fedsq_nb.study.report import notes, read_rows, report
+    from fedsq_nb.study.folder import read_rows
+    from fedsq_nb.study.report import report
+    from fedsq_nb.study.tables import notes
     config = Config(**TINY | dict(methods=('private',), dp_noise=2., out=str(tmp_path/'out')))
     compare(config.replace(dp_seeded_noise=False), say=lambda note: None)
     rows = [json.loads(r) for r in (tmp_path/'out'/'rounds.jsonl').read_text().splitlines()]

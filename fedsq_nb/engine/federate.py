@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['sample_clients', 'absent_clients', 'opened', 'Diverged', 'RoundVoid', 'void_reason', 'json_ready', 'Sampling',
-           'Limits', 'Listeners', 'Renewal', 'Memory', 'Federation', 'message_bytes', 'drift_and_loss',
-           'without_control', 'row_without_results', 'checksum', 'read_checkpoint']
+           'Limits', 'Listeners', 'Renewal', 'Memory', 'Federation', 'takes_seed', 'message_bytes', 'drift_and_loss',
+           'without_control', 'row_without_results', 'checkpoint_checksum', 'read_checkpoint']
 
 # %% ../../nbs/62_engine.federate.ipynb #1f94566e
 import dataclasses, hashlib, json, math, time
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,8 @@ def collect(self: Federation,
     "Have the clients trained and part the good updates from the others."
     if hasattr(self.train, 'client_states'): self.train.client_states = self.memory.client_states
     updates, failures, arrived = [], [], 0
-    for asked, answer in self.execute(self.train, self.state, clients, round):
+    seed = {'seed': self.seed} if takes_seed(self.execute) else {}
+    for asked, answer in self.execute(self.train, self.state, clients, round, **seed):
         arrived += message_bytes(answer)
         update = opened(asked, answer, clients, lambda message: self.decode(message, self.state))
         if isinstance(update, Failure): failures.append(update)
@@ -202,6 +204,13 @@ def collect(self: Federation,
     good, refused = screen_updates(updates, self.state, round=round, **limits)
     return good, sorted(failures + refused, key=lambda f: f.client), arrived
 
+def takes_seed(
+    execute: Callable, # Runs the local trainings of a round
+) -> bool:
+    "Does this executor ask for the run's seed, which names the global random streams of clients?"
+    return 'seed' in signature(execute).parameters
+
+# %% ../../nbs/62_engine.federate.ipynb #efd6a9e4
 def message_bytes(
     answer: Update | Exception, # What came from a client
 ) -> int: # 0 for what is no update
@@ -326,7 +335,7 @@ def fit(self: Federation,
     return pd.DataFrame(self.rows)
 
 # %% ../../nbs/62_engine.federate.ipynb #cd5a0fb7
-def checksum(
+def checkpoint_checksum(
     tensors: State, # What a checkpoint holds
     note: str, # What is noted beside it
 ) -> str: # 64 hexadecimal digits
@@ -359,7 +368,7 @@ def save(self: Federation,
     "Write a checkpoint, whole or not at all, and keep the one before."
     tensors, note = self.checkpoint(key)
     folder.mkdir(parents=True, exist_ok=True)
-    data = safetensors.torch.save(copy_state(tensors), {'note': note, 'checksum': checksum(tensors, note)})
+    data = safetensors.torch.save(copy_state(tensors), {'note': note, 'checksum': checkpoint_checksum(tensors, note)})
     path = atomic_write(folder/f'round-{len(self.rows) - 1:06d}.safetensors', data)
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
     return path
@@ -375,7 +384,7 @@ def read_checkpoint(
     except (safetensors.SafetensorError, OSError) as e: raise ValueError(str(e)) from None
     if 'seal' in about:
         raise InputError(f'checkpoint {str(path)!r} is of an earlier version: go on with that, or begin anew')
-    if checksum(tensors, about.get('note', '')) != about.get('checksum'):
+    if checkpoint_checksum(tensors, about.get('note', '')) != about.get('checksum'):
         raise ValueError('its checksum does not match')
     return tensors, json.loads(about['note'])
 

@@ -31,7 +31,7 @@ from ..data.partition import inner_dirichlet, label_skew, linear, lognormal, par
 from ..data.partition import shards, square
 from ..data.niid_bench import niid_bench
 from ..data.skew import feature_skew
-from ..gating.cache import GateCache, cache_key, gate_cache, plan, verdict
+from ..gating.cache import GateCache, cache_key, gate_cache, plan, storage_verdict
 from ..gating.dualcopy import DualCopy
 from ..server.privacy import TEST_MODE, promise
 from .config import Config, settings_for
@@ -217,7 +217,7 @@ def storage(self: Task,
 ) -> str:
     "What storing gates will take, known before anything is built; the training part's is taken first."
     c, parts = self.config.gates, ('train', 'valid', 'test')
-    return verdict([plan(model.eval(), self.batches(part), c.cache_type) for part in parts], c.cache_bytes)
+    return storage_verdict([plan(model.eval(), self.batches(part), c.cache_type) for part in parts], c.cache_bytes)
 
 # %% ../../nbs/73_study.task.ipynb #5aafc84d
 def own_splits(
