@@ -10,6 +10,7 @@ import torch
 from fedsq_nb.core import InputError, Update, copy_state, norm, rng, state_hash, sub
 from fedsq_nb.study.config import Config
 from fedsq_nb.study.experiment import compare, run
+from fedsq_nb.study.folder import read_lines, sealed_line
 from fedsq_nb.study.task import load_task
 from fedsq_nb.server.aggregate import FedAvg
 from fedsq_nb.study.settings import MethodSettings
@@ -79,6 +80,12 @@ def test_a_private_run_that_goes_on_uses_no_noise_twice_and_counts_every_release
     assert len(drawn) > 5 and len({t for t, _ in drawn}) == 5
     assert len(drawn) <= end.rows[-1]['releases'] <= 5 + 2*every
 
+def rewrite(folder, change):
+    "The rows of a run, each as `change` makes it, as if the run had written them."
+    rows = read_lines(folder/'rounds.jsonl')
+    (folder/'rounds.jsonl').write_text(''.join(sealed_line(change(row)) for row in rows))
+    (folder/'SHA256SUMS').unlink(missing_ok=True)
+
 @pytest.mark.parametrize('seeded', [False, True])
 def test_the_promise_and_the_report_say_where_the_noise_came_from(seeded, tmp_path):
     pytest.importorskip('dp_accounting')
@@ -89,8 +96,7 @@ def test_the_promise_and_the_report_say_where_the_noise_came_from(seeded, tmp_pa
     for text in ([s for s in said if s.startswith('private:')][0], report(tmp_path/'out').read_text()):
         assert ('TEST MODE, no promise' in text) == seeded and ('-differentially private for each client' in text) != seeded
     assert [r for r in done.rows[done.rows.method == 'private'].releases] [1:] == [1, 2]
-    rows = (tmp_path/'out'/'rounds.jsonl').read_text().splitlines()
-    (tmp_path/'out'/'rounds.jsonl').write_text('\n'.join(json.dumps({k: v for k, v in json.loads(r).items() if k != 'releases'}) for r in rows) + '\n')
+    rewrite(tmp_path/'out', lambda row: {k: v for k, v in row.items() if k != 'releases'})
     assert 'TEST MODE, no promise' in report(tmp_path/'out').read_text()  # of a version that knew no other noise
 
 def test_the_report_counts_rounds_that_were_played_again(tmp_path):
@@ -101,9 +107,7 @@ def test_the_report_counts_rounds_that_were_played_again(tmp_path):
     from fedsq_nb.study.tables import notes
     config = Config(**TINY | dict(methods=('private',), dp_noise=2., out=str(tmp_path/'out')))
     compare(config.replace(dp_seeded_noise=False), say=lambda note: None)
-    rows = [json.loads(r) for r in (tmp_path/'out'/'rounds.jsonl').read_text().splitlines()]
-    for r in rows: r |= {'releases': r['releases'] + 3} if r.get('releases') else {}
-    (tmp_path/'out'/'rounds.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    rewrite(tmp_path/'out', lambda row: row | ({'releases': row['releases'] + 3} if row.get('releases') else {}))
     text = report(tmp_path/'out').read_text()
     assert 'at most 3 that were played again' in text and f'({epsilon(2., 2, 1., 1e-5, repeated=3):.3g}, 1e-05)' in text
     assert any('up to 3 rounds' in note for note in notes(read_rows(tmp_path/'out')))

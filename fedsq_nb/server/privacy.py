@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEST_MODE', 'clip_shares', 'clipped_sum', 'system_uniform', 'system_normal', 'noise_source', 'PrivateFedAvg',
-           'updates_of_one_round', 'check_fits', 'private_part', 'with_releases', 'accounting_library',
+           'updates_of_one_round', 'check_update_fits', 'private_part', 'with_releases', 'accounting_library',
            'training_event', 'check_account', 'without_log_lines', 'epsilon', 'account_of', 'noise_for', 'promise']
 
 # %% ../../nbs/57_server.privacy.ipynb #000febf0
@@ -135,11 +135,11 @@ def updates_of_one_round(
     rounds = sorted({u.round for u in updates})
     if len(rounds) > 1: raise InputError(f'updates are of rounds {rounds}: one step takes those of one round')
     sent = {n: t for n, t in global_state.items() if n in updates[0].state}
-    for u in updates: check_fits(u, sent)
+    for u in updates: check_update_fits(u, sent)
     return updates, [n for n, t in sent.items() if t.is_floating_point()], rounds[0]
 
 # %% ../../nbs/57_server.privacy.ipynb #8021546e
-def check_fits(
+def check_update_fits(
     update: Update, # What a client sent
     expected: State, # Tensors of the names, types and shapes that it should have
 ) -> None:
