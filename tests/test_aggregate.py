@@ -236,6 +236,12 @@ def with_value(value):
 
 def with_tensor(name, t): return lambda u: replace(u, state={**u.state, name: t})
 
+class Unreadable:
+    "Raises whatever is asked of it."
+    def __repr__(self): raise OSError('no text')
+    __str__ = __eq__ = __lt__ = __float__ = __bool__ = __repr__
+    __hash__ = object.__hash__
+
 poisons = {
     'nan': (with_value(nan), "non-finite values in 'fc.bias' (1 of 4)"),
     '+inf': (with_value(inf), "non-finite values in 'fc.bias' (1 of 4)"),
@@ -260,8 +266,31 @@ poisons = {
     'early': (lambda u: replace(u, round=5), 'belongs to round 5, not to round 4'),
     'nan metric': (lambda u: replace(u, metrics={'train_loss': nan}), "metric 'train_loss' is nan, not a finite number"),
     'infinite metric': (lambda u: replace(u, metrics={'seconds': 1., 'train_loss': inf}), "metric 'train_loss' is inf, not a finite number"),
-    'text metric': (lambda u: replace(u, metrics={'train_loss': 'low'}), "metric 'train_loss' is 'low', not a finite number"),
+    'text metric': (lambda u: replace(u, metrics={'train_loss': 'low'}), "metric 'train_loss' is 'low', not a number"),
+    'no metric': (lambda u: replace(u, metrics={'train_loss': None}), "metric 'train_loss' is None, not a number"),
+    'huge metric': (lambda u: replace(u, metrics={'train_loss': 1e308}), "metric 'train_loss' is 1e+308, beyond 1e+30"),
+    'huge whole metric': (lambda u: replace(u, metrics={'images': 10**400}), f"metric 'images' is {'1' + '0'*79}, not a finite number"),
+    'sparse': (with_tensor('conv.weight', torch.zeros(2, 3).to_sparse()), "'conv.weight' has the layout torch.sparse_coo, expected a dense tensor"),
+    'csr': (with_tensor('conv.weight', torch.ones(2, 3).to_sparse_csr()), "'conv.weight' has the layout torch.sparse_csr, expected a dense tensor"),
+    'meta': (with_tensor('conv.weight', torch.zeros(2, 3, device='meta')), "'conv.weight' is on the meta device and holds no numbers"),
+    'nested': (with_tensor('conv.weight', torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])), "'conv.weight' is a nested tensor, expected a plain one"),
+    'quantised': (with_tensor('fc.bias', torch.quantize_per_tensor(torch.zeros(4), .1, 0, torch.qint8)), "'fc.bias' has type torch.qint8, expected real numbers"),
+    'complex': (with_tensor('fc.bias', torch.zeros(4, dtype=torch.complex64)), "'fc.bias' has type torch.complex64, expected real numbers"),
+    'expanded': (with_tensor('fc.bias', torch.zeros(1).expand(10**13)), "'fc.bias' shows 10000000000000 numbers and holds 1"),
+    'key': (with_tensor(7, torch.zeros(4)), 'state has a name that is no text: 7'),
+    'metric key': (lambda u: replace(u, metrics={('a',): 1.}), "metrics has a name that is no text: ('a',)"),
+    'no state': (lambda u: replace(u, state=None), 'state is of type NoneType, expected a dictionary'),
+    'list': (lambda u: replace(u, state=list(u.state.values())), 'state is of type list, expected a dictionary'),
+    'no metrics': (lambda u: replace(u, metrics=None), 'metrics is of type NoneType, expected a dictionary'),
+    'kept list': (lambda u: replace(u, client_state=[torch.zeros(1)]), 'client_state is of type list, expected a dictionary'),
+    'kept text': (lambda u: replace(u, client_state={'home': 'x'}), "'home' is of type str, expected a tensor"),
+    'odd round': (lambda u: replace(u, round='4'), "round '4' is no whole number"),
+    'unreadable weight': (lambda u: replace(u, weight=Unreadable()), 'weight something of type Unreadable is not a finite number above 0'),
+    'unreadable metric': (lambda u: replace(u, metrics={'train_loss': Unreadable()}), "metric 'train_loss' is something of type Unreadable, not a number"),
+    'runaway counter': (with_tensor('bn.num_batches_tracked', torch.tensor(2**62)), f'a whole number has grown by {2**62}, more than 1e+06'),
 }
+RAN_AWAY = {'nan', '+inf', '-inf', 'all nan', 'nan metric', 'infinite metric', 'huge metric', 'huge whole metric'}
+
 
 @pytest.mark.parametrize('place', range(4))
 @pytest.mark.parametrize('kind', poisons)
@@ -270,9 +299,9 @@ def test_poison_is_named_and_leaves_no_trace(kind, place):
     updates = [healthy(c) for c in (7, 1, 5)]
     clean = FedAvg().step(expected, updates)
     updates.insert(place, spoil(healthy(3)))
-    good, failures = screen_updates(updates, expected, round=4)
+    good, failures = screen_updates(updates, expected, round=4, norm_limit=100., weight_limit=1000.)
     assert [u.client for u in good] == [1, 5, 7]
-    assert [f.as_row() for f in failures] == [{'client': 3, 'kind': failures[0].kind.value, 'reason': reason}]
+    assert [f.as_row() for f in failures] == [{'client': 3, 'kind': 'diverged' if kind in RAN_AWAY else 'invalid', 'reason': reason}]
     assert state_hash(FedAvg().step(expected, good)) == state_hash(clean)
 
 @fast
@@ -379,7 +408,7 @@ def test_norms_without_weights_are_nought():
 
 def left(values, limit):
     "Indices that stay: an oracle in the words of the rule."
-    if len(values) < 3: return list(range(len(values)))
+    if len(values) < 3: return [i for i, v in enumerate(values) if v != inf]
     above = sorted(v for v in values if v > 0 and v != inf)
     middle = above[(len(above) - 1) // 2] if above else 0
     return [i for i, v in enumerate(values) if v != inf and not v > limit * middle]
@@ -396,7 +425,7 @@ def test_limits_keep_whom_an_oracle_keeps(clients, norm_limit, weight_limit, ran
     good, failures = screen_updates(random.sample(updates, len(updates)), {'w': torch.ones(2), 'n': torch.tensor(0)}, round=1, norm_limit=norm_limit, weight_limit=weight_limit)
     assert [u.client for u in good] == near
     assert [f.client for f in failures] == [i for i in range(len(updates)) if i not in near]
-    for f in failures: assert f.reason.startswith('weight' if f.client not in light else 'change of norm') and 'times the round' in f.reason
+    for f in failures: assert f.reason.startswith('weight' if f.client not in light else 'change of norm') and 'more than' in f.reason
 
 def test_limits_name_value_limit_and_median():
     updates = as_updates([{'w': torch.tensor([v])} for v in (.2, .21, .22, 3e10, .2)], [10, 20, 30, 40, 99999])
@@ -412,7 +441,8 @@ def test_an_overflowing_change_is_left_out_however_many_there_are(bad):
 
 def test_two_have_no_majority_and_no_limit_is_no_limit():
     updates = as_updates([{'w': torch.tensor([v])} for v in (1., 1e30, 2.)], [1, 10**12, 1])
-    assert len(screen_updates(updates[:2], {'w': torch.zeros(1)}, norm_limit=2., weight_limit=2.)[0]) == 2
+    assert [u.client for u in screen_updates(updates[:2], {'w': torch.zeros(1)}, norm_limit=2., weight_limit=2.)[0]] == [0]  # an infinite norm
+    assert len(screen_updates([updates[0], updates[2]], {'w': torch.zeros(1)}, norm_limit=2., weight_limit=2.)[0]) == 2
     assert len(screen_updates(updates, {'w': torch.zeros(1)})[0]) == 3
     assert statistics.median_low([1, 2, 3, 4]) == 2  # of two middle ones the lower: half the round being far off is enough to notice it
 
@@ -443,7 +473,7 @@ def test_all_bad_leaves_nothing_and_the_rule_says_so():
     assert good == [] and [f.client for f in failures] == [1, 2]
     with pytest.raises(InputError, match='states is empty'): FedAvg().step(expected, good)
 
-def test_sift_takes_an_iterator_and_any_round_by_default():
+def test_screening_takes_an_iterator_and_any_round_by_default():
     good, failures = screen_updates(iter([healthy(2, round=9), healthy(1, round=1)]), expected)
     assert [u.client for u in good] == [1, 2] and failures == []
 
@@ -517,3 +547,21 @@ def test_plot_gap_labels_the_exponent():
     ax = plot_gap(sizes, {'square': 3 * sizes**2, 'root': sizes**0.5}, ax=Figure().subplots())
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ['square: slope 2.00', 'root: slope 0.50']
     assert ax.get_xscale() == ax.get_yscale() == 'log' and ax.get_xlabel() and ax.get_ylabel()
+
+
+@fast
+@given(st.lists(st.floats(0.01, 1e6), min_size=1, max_size=2), st.floats(0.01, 100), st.sampled_from([2., 100.]))
+def test_one_or_two_clients_are_measured_by_what_is_usual(lengths, usual, limit):
+    "Nobody within the limit of what is usual is left out, and who is left out is beyond what is usual and beyond the other."
+    updates = as_updates([{'w': torch.tensor([v], dtype=torch.float64)} for v in lengths], [1] * len(lengths))
+    good, failures = screen_updates(updates, {'w': torch.zeros(1, dtype=torch.float64)}, norm_limit=limit, usual_norm=usual)
+    most = limit * max(usual, min(lengths))
+    assert [u.client for u in good] == [k for k, v in enumerate(lengths) if v <= most]
+    for f in failures: assert f.kind == FailureKind.DIVERGED and 'what is usual' in f.reason
+    assert len(screen_updates(updates, {'w': torch.zeros(1, dtype=torch.float64)}, norm_limit=limit)[0]) == len(lengths)
+
+
+@pytest.mark.parametrize('odd', [[], {}, 'three', 2.5, None, True])
+def test_an_odd_client_id_is_left_out(odd):
+    good, failures = screen_updates([healthy(1), replace(healthy(3), client=odd), healthy(2)], expected, round=4)
+    assert [u.client for u in good] == [1, 2] and failures[0].client == -1 and 'no whole number' in failures[0].reason

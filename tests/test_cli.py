@@ -317,7 +317,7 @@ def test_the_default_job_made_small(fedsq, tmp_path):
     assert [(r['method'], r['seed'], r['round']) for r in rows] == [(m, s, t) for s in (0, 1) for m in ('fedavg', 'fedprox', 'fedsq') for t in range(2)]
     needed = 'method seed round val_accuracy val_loss test_accuracy train_loss bytes_up bytes_down seconds clients_ok clients_failed'
     assert all(set(needed.split()) <= r.keys() and r['state'] == 'ok' for r in rows)
-    assert {p.name for p in (tmp_path/'a').rglob('*')} == {'config.toml', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html', 'weights',
+    assert {p.name for p in (tmp_path/'a').rglob('*')} == {'config.toml', 'made_from.json', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html', 'weights',
         *(f'{m}-{s}.safetensors' for m in ('fedavg', 'fedprox', 'fedsq') for s in (0, 1))}
     assert {k: v for k, v in read_toml(tmp_path/'a'/'config.toml').items() if k in ('backbone', 'weights', 'size', 'alpha')} == {
         'backbone': 'rescnn', 'weights': 'printed', 'size': 16, 'alpha': 1.0}

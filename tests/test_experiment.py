@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fedsq_nb.study import experiment as E, task as T
-from fedsq_nb.core import rng, state_hash
+from fedsq_nb.core import rng, save_state, state_hash
 from fedsq_nb.data.images import ImageSet
 from fedsq_nb.study.config import Config
 from fedsq_nb.study.experiment import calibrate, compare
+from fedsq_nb.study.folder import read_origin
 from fedsq_nb.study.methods import METHODS
+from fedsq_nb.study.task import partition_card
 from fedsq_nb.data.partition import partition_hash
 
 TINY = dict(weights='random', size=12, clients=3, alpha=1, min_size=2, max_train=60, valid_fraction=.05, test_fraction=.05, batch_size=16, rounds=2, seeds=1)
@@ -186,3 +188,102 @@ def test_a_diverged_run_is_recorded_and_the_others_go_on():
     assert len(good) == 8 and (good.state == 'ok').all()
     assert sum('fedavg, seed' in h and 'lower learning rate' in h for h in heard) == 2
     assert all(torch.isfinite(t).all() for w in result.weights.values() for t in w.values())  # the last good state
+
+# ---- a run knows what it was made from
+
+class Crash(Exception): pass
+
+def crash_at(method, t):
+    def on_row(row):
+        if 'seed' in row and (row['method'], row['round']) == (method, t): raise Crash
+    return on_row
+
+def arrays(path, seed=0):
+    "Sixty random images of three classes, as a file."
+    gen = np.random.default_rng(seed)
+    np.savez(path, x=gen.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8), y=np.arange(60) % 3)
+    return path
+
+def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+@pytest.fixture
+def halted(tmp_path):
+    "A run on a file of images that was stopped half-way, and its settings."
+    config = Config(**TINY | dict(data=str(arrays(tmp_path/'a.npz')), backbone='rescnn', lr='0.02', methods='fedavg,fedsq', max_train=0, test_fraction=.2,
+                                  valid_fraction=.1, out=str(tmp_path/'out')))
+    with pytest.raises(Crash): compare(config, say=quiet, on_row=crash_at('fedsq', 1))
+    return config
+
+def refused(config, folder, *words):
+    before = files(folder)
+    with pytest.raises(E.InputError) as e: compare(config.replace(resume=True), say=quiet)
+    for word in words: assert word in str(e.value), str(e.value)
+    assert files(folder) == before
+
+def test_a_run_writes_down_what_it_was_made_from(halted):
+    origin = read_origin(halted.out)
+    assert origin['contents']['classes'] == ['0', '1', '2'] and len(origin['contents']['data']) == len(origin['contents']['network']) == 16
+    [now] = origin['circumstances']
+    assert now['torch'] == torch.__version__ and now['threads'] == 1 and now['instruction_set'] == torch.backends.cpu.get_cpu_capability()
+    assert {'python', 'fastai', 'fedsq_nb', 'numpy', 'device', 'processor'} < now.keys()
+
+def test_other_images_under_the_old_name_are_refused(halted, tmp_path):
+    was = read_origin(halted.out)['contents']['data']
+    arrays(tmp_path/'a.npz', seed=1)
+    refused(halted, tmp_path/'out', 'made from something else', f"data was '{was}' and is '")
+    arrays(tmp_path/'a.npz')
+    compare(halted.replace(resume=True), say=quiet)
+
+def test_a_relative_path_from_another_folder_is_refused(halted, tmp_path, monkeypatch):
+    "It names other images there; the old images under another name are welcome."
+    (tmp_path/'here').mkdir(); (tmp_path/'there').mkdir()
+    arrays(tmp_path/'here'/'a.npz'); arrays(tmp_path/'there'/'a.npz', seed=1)
+    job = halted.replace(data='a.npz', out=str(tmp_path/'run'))
+    monkeypatch.chdir(tmp_path/'here')
+    whole = compare(job.replace(out=str(tmp_path/'whole')), say=quiet)
+    with pytest.raises(Crash): compare(job, say=quiet, on_row=crash_at('fedavg', 1))
+    monkeypatch.chdir(tmp_path/'there')
+    refused(job, tmp_path/'run', 'made from something else', 'data was')
+    done = compare(job.replace(resume=True, data='../here/a.npz'), say=quiet)
+    assert same(rows_of(done), rows_of(whole))
+
+def test_other_weights_under_the_old_name_are_refused(halted, tmp_path):
+    net, path = E.load_task(halted).network(0), tmp_path/'w.safetensors'
+    save_state(path, net.state_dict())
+    job = halted.replace(weights=str(path), out=str(tmp_path/'run'))
+    with pytest.raises(Crash): compare(job, say=quiet, on_row=crash_at('fedavg', 1))
+    save_state(path, {n: t + 1 if t.is_floating_point() else t for n, t in net.state_dict().items()})
+    refused(job, tmp_path/'run', 'network was', 'weights_file was')
+
+def test_other_circumstances_need_force_and_are_written_down(halted, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'NONE')
+        refused(halted, tmp_path/'out', 'instruction_set was', "is 'NONE'", '--force')
+        compare(halted.replace(resume=True, force=True), say=quiet)
+    assert [c['instruction_set'] for c in read_origin(halted.out)['circumstances']] == [torch.backends.cpu.get_cpu_capability(), 'NONE']
+
+def test_force_accepts_no_other_images(halted, tmp_path):
+    arrays(tmp_path/'a.npz', seed=1)
+    refused(halted.replace(force=True), tmp_path/'out', 'data was')
+
+def test_a_run_without_a_record_or_with_a_damaged_one_is_refused(halted, tmp_path):
+    path = tmp_path/'out'/'made_from.json'
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    refused(halted, tmp_path/'out', 'made_from.json', 'damaged')
+    path.unlink()
+    refused(halted, tmp_path/'out', 'earlier version', '--overwrite')
+
+def test_the_partition_is_compared_and_never_overwritten(halted, tmp_path, monkeypatch):
+    "Were the same settings dealt out in another way by another version, half of the rows would come from another federation."
+    monkeypatch.setattr(E, 'partition_card', lambda task: partition_card(task) | {'hash': {'0': 'f' * 16}})
+    refused(halted, tmp_path/'out', 'partition', 'seed 0 was', 'f' * 16)
+
+def test_a_checkpoint_belongs_to_its_contents(tmp_path):
+    "Called by hand, below the folder: a checkpoint of other images is refused too."
+    task = E.load_task(Config(**TINY))
+    E.run(task, 'fedavg', 0, .02, rounds=1, checkpoints=tmp_path)
+    x = task.splits.train.images.clone()
+    x[0, 0, 0, 0] ^= 1
+    other = dataclasses.replace(task, splits=dataclasses.replace(task.splits, train=dataclasses.replace(task.splits.train, images=x)))
+    with pytest.raises(E.InputError, match='belongs to another run'): E.run(other, 'fedavg', 0, .02, rounds=1, checkpoints=tmp_path)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Participants', 'with_error', 'make_participants', 'make_federation', 'federation', 'store_all', 'participants_of',
-           'cpu_threads', 'run', 'federation_of', 'executor', 'keep_checkpoints', 'try_rate', 'calibrate', 'Comparison',
-           'compare', 'settings_to_write', 'open_folder', 'go_on', 'calibrate_all', 'run_all']
+           'cpu_threads', 'task_contents', 'decisive_settings', 'run', 'federation_of', 'executor', 'keep_checkpoints',
+           'try_rate', 'calibrate', 'Comparison', 'compare', 'settings_to_write', 'open_folder', 'go_on',
+           'calibrate_all', 'run_all']
 
 # %% ../../nbs/76_study.experiment.ipynb #fbd67d54
 import contextlib, dataclasses, functools, hashlib, json, operator
@@ -34,7 +35,9 @@ from ..server.aggregate import FedAvg
 from ..server.optimizers import with_control
 from .calibrate import choose_rate, next_rate, trial, trial_seeds
 from .config import Config, fixed_rates, read_toml, run_settings, settings_for
-from .folder import RunFolder, append_row, check_same_settings, claim, holds_run
+from .folder import RunFolder, append_row, check_same_partition, check_same_settings, claim, holds_run
+from .folder import read_origin
+from .origin import check_origin, contents_of, origin_of
 from .measure import client_accuracies, gap_meter, state_measure
 from .methods import METHODS, Method, ServerContext, method_of
 from .task import Task, load_task, own_format, partition_card, seeds_of
@@ -79,7 +82,8 @@ def make_participants(
     code = with_error(functools.partial(encode, kind=parse_kind(compress))) if compress else None
     train = LocalTraining(model, splits.train, parts, form, lr=lr, stored_gates=stored.get('train'), encode=code,
                           device=device, **training)
-    def judged_on(part): return Batches(getattr(splits, part), form, batch_size=256, stored_gates=stored.get(part), device=device)
+    def judged_on(part):
+        return Batches(getattr(splits, part), form, batch_size=256, stored_gates=stored.get(part), device=device)
     valid, tested = judged_on('valid'), judged_on('test') if test else None
     x = next(iter(valid))[0][:n_probe] if test else None
     looks, n_classes = [], len(splits.train.classes)
@@ -185,6 +189,20 @@ def cpu_threads(n: int) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../../nbs/76_study.experiment.ipynb #7d5c2727
+def task_contents(
+    task: Task, # Data and settings
+) -> dict: # As `contents_of` finds them
+    "What a comparison is made from."
+    c = task.config
+    return contents_of(task.splits, task.network(c.seed), c.weights)
+
+def decisive_settings(
+    config: Config, # Settings
+) -> dict: # As JSON can hold them
+    "The settings that make a run what it is, but for the places of what is known by its content."
+    return {name: value for name, value in run_settings(config).items() if name not in ('data', 'weights')}
+
 # %% ../../nbs/76_study.experiment.ipynb #f622a0ad
 def run(
     task: Task, # Data and settings
@@ -198,13 +216,16 @@ def run(
     on_row: Callable[[dict], None] = lambda row: None, # Told each row as it is made
     say: Callable[[str], None] = lambda message: None, # Told of a divergence
     checkpoints: Path | None = None, # Folder for this run's checkpoints; one that is there already is gone on from
+    contents: dict | None = None, # What the run is made from, if anybody knows already
 ) -> Federation: # With `rows` and the final `state`
     "Play one federation, or go on with it. Raises `RoundVoid` when clients fail; a divergence shows in the last row."
     c, parts = task.config, task.parts(seed) if parts is None else parts
     with cpu_threads(c.threads):
         fed = federation_of(task, method, seed, lr, parts, test, say)
         fed.listeners.on_row = lambda row: on_row({'method': method, 'seed': seed, 'lr': lr, **row})
-        if checkpoints: keep_checkpoints(fed, checkpoints, [run_settings(c), method, seed, lr], c.checkpoint_every, say)
+        if checkpoints:
+            what = [decisive_settings(c), contents or task_contents(task), method, seed, lr, rounds or c.rounds, test]
+            keep_checkpoints(fed, checkpoints, what, c.checkpoint_every, say)
         with executor(c.workers, c.device, c.client_seconds) as fed.execute:
             try: fed.fit((rounds or c.rounds) - max(len(fed.rows) - 1, 0))
             except RoundVoid: raise
@@ -333,11 +354,11 @@ def compare(
         if config.out and not again: claim(config.out, config.overwrite, look=True)
         own = {name: given for name, given in {'data': data, 'model': model}.items() if given is not None}
         task = load_task(config, **own)
-        folder, rates, tried = open_folder(task.config, again)
+        origin = origin_of(task_contents(task), task.config.device)
+        folder, rates, tried = open_folder(task, origin, again)
         for note in task.notes: say(note.text)
-        if folder: folder.write_partition(partition_card(task))
         if not set(rates) >= set(config.methods): rates, tried = calibrate_all(task, folder, say, on_row, rates, tried)
-        rows, weights = run_all(task, rates, folder, say, on_row)
+        rows, weights = run_all(task, rates, folder, say, on_row, origin['contents'])
         if folder: folder.finish()
     return Comparison(task.config, rates, pd.DataFrame(rows), pd.DataFrame(tried), weights, folder and folder.path)
 
@@ -346,29 +367,39 @@ def settings_to_write(
     config: Config, # Settings
 ) -> dict: # By name, without those that say how to open a folder
     "What stands in a run's `config.toml`."
-    return {name: value for name, value in config.as_dict().items() if name not in ('resume', 'overwrite')}
+    return {name: value for name, value in config.as_dict().items() if name not in ('resume', 'overwrite', 'force')}
 
 def open_folder(
-    config: Config, # The settings, nothing left `auto`
+    task: Task, # Data and settings
+    origin: dict, # What the run is made from today
     again: bool, # Go on with the run that is there?
 ) -> tuple[RunFolder | None, dict[str, float], list[dict]]: # The folder, rates known, rows of their calibration
     "Claim a folder for a new run, or get a stopped one ready to go on."
-    rates = dict(fixed_rates(config))
+    config, rates = task.config, dict(fixed_rates(task.config))
     if not config.out: return None, rates, []
-    if again: return RunFolder(Path(config.out)), *go_on(config)
+    if again: return RunFolder(Path(config.out)), *go_on(task, origin)
     folder = RunFolder(claim(config.out, config.overwrite))
     folder.begin()
+    folder.write_origin(origin)  # before the settings: a folder that has those can be gone on with
     folder.write_settings(settings_to_write(config), rates)
+    folder.write_partition(partition_card(task))
     return folder, rates, []
 
+# %% ../../nbs/76_study.experiment.ipynb #5885584e
 def go_on(
-    config: Config, # The settings now, nothing left `auto`; `out` is the folder of a run that was stopped
+    task: Task, # Data and settings now; its `out` is the folder of a run that was stopped
+    origin: dict, # What a run is made from today
 ) -> tuple[dict[str, float], list[dict]]: # Rates chosen so far, and the rows of their calibration
-    "Get a stopped run ready to go on. Raises `InputError` with the difference when the settings are not the run's."
-    folder = RunFolder(Path(config.out))
-    then = run_settings(Config(**read_toml(folder.settings)))
-    check_same_settings(folder.path, then, run_settings(config))
-    return folder.rewind()
+    "Get a stopped run ready to go on. Raises `InputError` with the difference when it would be another run."
+    folder, card = RunFolder(Path(task.config.out)), partition_card(task)
+    then = decisive_settings(Config(**read_toml(folder.settings)))
+    check_same_settings(folder.path, then, decisive_settings(task.config))
+    kept = check_origin(read_origin(folder.path), origin, str(folder.path), task.config.force)
+    check_same_partition(folder.path, card)
+    found = folder.rewind()
+    folder.write_origin(kept)
+    if not folder.partition.exists(): folder.write_partition(card)
+    return found
 
 # %% ../../nbs/76_study.experiment.ipynb #06f071ea
 def calibrate_all(
@@ -399,6 +430,7 @@ def run_all(
     folder: RunFolder | None, # Where rows and weights are written, if anywhere
     say: Callable[[str], None], # Told of divergences
     on_row: Callable[[dict], None], # Told each row
+    contents: dict | None = None, # What the comparison is made from, for the keys of checkpoints
 ) -> tuple[list[dict], dict[tuple[str, int], State]]: # Rows, and final states that were not written
     "Every method on every seed; rows go to the folder as they are made, weights at the end of each run."
     rows, weights = [], {}
@@ -409,7 +441,8 @@ def run_all(
     for seed in seeds_of(task.config):
         for method in task.config.methods:
             kept = folder.checkpoints_of(method, seed) if folder else None
-            state = run(task, method, seed, rates[method], on_row=keep, say=say, checkpoints=kept).state
+            told = dict(on_row=keep, say=say)
+            state = run(task, method, seed, rates[method], **told, checkpoints=kept, contents=contents).state
             if not folder: weights[method, seed] = state
             elif task.config.save_weights: folder.write_weights(method, seed, state)
     return rows, weights

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'NEEDED', 'NUMBERS', 'RunFolder', 'holds_run', 'is_begun', 'append_row', 'read_lines', 'tidy_rows',
-           'read_rows', 'read_settings', 'chosen_rates', 'read_partition', 'read_calibration', 'check_writable',
-           'files_of_run', 'claim', 'check_same_settings']
+           'read_rows', 'read_settings', 'chosen_rates', 'read_origin', 'read_partition', 'read_calibration',
+           'check_writable', 'files_of_run', 'claim', 'check_same_partition', 'check_same_settings']
 
 # %% ../../nbs/75_study.folder.ipynb #3ab34097
 import dataclasses, errno, json, os, shutil, tomllib
@@ -28,6 +28,8 @@ class RunFolder:
 
     @property
     def settings(self) -> Path: return self.path/'config.toml'
+    @property
+    def origin(self) -> Path: return self.path/'made_from.json'
     @property
     def partition(self) -> Path: return self.path/'partition.json'
     @property
@@ -120,6 +122,19 @@ def chosen_rates(
     "The rates that a run has chosen so far."
     return read_settings(folder).get('chosen', {}).get('rates', {})
 
+# %% ../../nbs/75_study.folder.ipynb #61a0e39e
+def read_origin(
+    folder: str | os.PathLike, # A run folder
+) -> dict: # `contents`, and a list of `circumstances`; empty for a run of an earlier version
+    "What a run was made from, as `made_from.json` tells. Raises `InputError` when that file is damaged."
+    path = RunFolder(Path(folder)).origin
+    if not path.is_file(): return {}
+    try:
+        found = json.loads(path.read_bytes())
+        return {'contents': dict(found['contents']), 'circumstances': list(map(dict, found['circumstances']))}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f'{str(path)!r} is damaged: restore it, or begin the run anew with --overwrite') from None
+
 # %% ../../nbs/75_study.folder.ipynb #6265578b
 def read_partition(
     folder: str | os.PathLike, # A run folder
@@ -151,7 +166,7 @@ def check_writable(
 def files_of_run(
     folder: Path, # Any folder
 ) -> list[Path]: # Those that are there
-    "The files that a run left in `folder`, its checkpoints apart."
+    "The files that a run left in `folder`; its checkpoints, and what it was made from, are none without them."
     return [folder/n for n in FILES if (folder/n).exists()] + sorted((folder/'weights').glob('*.safetensors'))
 
 # %% ../../nbs/75_study.folder.ipynb #4ec6cca3
@@ -171,6 +186,7 @@ def claim(
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder/'.claim', '').unlink()  # before anything is removed
         for f in old: f.unlink()
+        RunFolder(folder).origin.unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f'out {str(out)!r} cannot be written to: {e.strerror}; give another folder') from None
     return folder
@@ -181,6 +197,14 @@ def begin(self: RunFolder) -> None: # The folder is claimed already
     "Mark the run as begun: `checkpoints` is there for as long as it is not complete."
     shutil.rmtree(self.checkpoints, ignore_errors=True)
     self.checkpoints.mkdir()
+
+# %% ../../nbs/75_study.folder.ipynb #14f6a459
+@patch
+def write_origin(self: RunFolder,
+    origin: dict, # `contents`, and a list of `circumstances`
+) -> None:
+    "Write down what the run is made from, whole or not at all."
+    atomic_write(self.origin, json.dumps(origin, indent=1))
 
 # %% ../../nbs/75_study.folder.ipynb #81a3f17b
 @patch
@@ -198,6 +222,20 @@ def write_partition(self: RunFolder,
 ) -> None:
     "Write `partition.json`, whole or not at all."
     atomic_write(self.partition, json.dumps(described))
+
+# %% ../../nbs/75_study.folder.ipynb #704c35dd
+def check_same_partition(
+    folder: str | os.PathLike, # The folder of a run that was stopped
+    described: dict, # As `write_partition` would write it today
+) -> None:
+    "Raise `InputError` when the run's partition is not the one that its settings make today."
+    if not RunFolder(Path(folder)).partition.exists(): return  # it was stopped before
+    then, now = read_partition(folder)['hash'], described['hash']
+    changed = [seed for seed in now if now[seed] != then.get(seed)]
+    differ = [f'of seed {seed} was {then.get(seed)!r} and is {now[seed]!r}' for seed in changed]
+    if not differ: return
+    raise InputError(f'resume: the partition of the run in {str(folder)!r} {"; ".join(differ)}; '
+                     'go on with the versions that began it, or begin anew in another folder')
 
 # %% ../../nbs/75_study.folder.ipynb #a5c36a24
 @patch
@@ -243,7 +281,7 @@ def check_same_settings(
 @patch
 def remove_half_written(self: RunFolder) -> None: # Nobody may be writing
     "Remove what was being written when the run was killed."
-    for name in (*FILES, '.claim', 'weights/*.safetensors'):
+    for name in (*FILES, self.origin.name, '.claim', 'weights/*.safetensors'):
         place = self.path/name
         for half in place.parent.glob(f'.{place.name}.*'): half.unlink(missing_ok=True)
 

@@ -290,6 +290,8 @@ class OutputSettings(Settings):
                               common=True)
     resume: bool = setting(False, 'Go on with the run in that folder, with the same settings, where it was stopped',
                            decides=False, common=True)
+    force: bool = setting(False, 'With resume: go on though versions, threads or the processor are others, which may '
+                          'change the last bits of the results', decides=False)
     checkpoint_every: int = setting(1, 'Rounds between checkpoints, which a run that is stopped goes on from',
                                     at_least=1, decides=False)
     save_weights: bool = setting(True, 'Keep the final weights of every run', decides=False)

@@ -57,7 +57,8 @@ class Cell(NamedTuple):
     rate: float # Learning rate of the first step; it falls linearly to zero
     seed: int # Of images, head and order
 
-RATES = {'ridge': (0.003, 0.001, 0.01, 0.0003, 0.03, 0.0001), 'random': (0.03, 0.01, 0.1, 0.003)} # Those that decide most first
+# Those that decide most first
+RATES = {'ridge': (0.003, 0.001, 0.01, 0.0003, 0.03, 0.0001), 'random': (0.03, 0.01, 0.1, 0.003)}
 
 def plan(
     seeds: int, # How many seeds
@@ -101,7 +102,8 @@ def order(
     gates: GateCache | None, # Stored gates of the training images
 ) -> Batches: # Training images in the order of that epoch, the same for every arm
     "What an epoch trains on."
-    return stage.batches('train', batch_size=settings.batch, gates=gates, shuffle=rng(stage.seed, 'epoch', epoch))
+    shuffle = rng(stage.seed, 'epoch', epoch)
+    return stage.batches('train', batch_size=settings.batch, stored_gates=gates, shuffle=shuffle)
 
 def gated_by(
     net: nn.Module, # What is trained
@@ -162,7 +164,7 @@ class Course:
         return total / n
 
     def judge(self, part: str) -> tuple[Tensor, Tensor]: # Logits and labels
-        return answers(self.model, self.stage.batches(part, gates=self.gates.get(part)), self.settings.precision)
+        return answers(self.model, self.stage.batches(part, stored_gates=self.gates.get(part)), self.settings.precision)
 
     @torch.no_grad()
     def moved(self, images: int = 500) -> dict[str, float]: # By site, how many units would decide otherwise by now

@@ -172,8 +172,9 @@ def local_training(
     gated = cell.method == 'fedsq'
     gates = stage.own_gates('train') if gated else None
     return LocalTraining(DualCopy(net) if gated else net, data, parts, stage.form, lr=cell.rate, epochs=cell.epochs,
-                         batch_size=settings.batch, momentum=settings.momentum, gates=gates, order=torch.channels_last,
-                         precision=PRECISIONS[settings.precision], seed=cell.seed, device=stage.device)
+                         batch_size=settings.batch, momentum=settings.momentum, stored_gates=gates,
+                         order=torch.channels_last, precision=PRECISIONS[settings.precision], seed=cell.seed,
+                         device=stage.device)
 
 def asked(
     stage: Stage, # What the cells of this seed share
@@ -184,7 +185,7 @@ def asked(
     "What a state of the model answers."
     trained_copy(model).load_state_dict(state, strict=False)
     gates = stage.own_gates(part) if isinstance(model, DualCopy) else None
-    return answers(model, stage.batches(part, gates=gates), stage.precision)
+    return answers(model, stage.batches(part, stored_gates=gates), stage.precision)
 
 def measured(
     stage: Stage, # What the cells of this seed share

@@ -3,6 +3,7 @@ import argparse, contextlib, dataclasses, functools, hashlib, json, os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -200,7 +201,8 @@ class Stage:
     @functools.cached_property
     def splits(self) -> Splits:
         options = dict(size=self.size, max_train=self.train, seed=self.seed)
-        splits = load_data(self.data, valid_fraction=self.valid/50_000, **options)
+        with np.load(self.data) as arrays: held_out = self.valid / len(arrays['y_train'])
+        splits = load_data(self.data, valid_fraction=held_out, **options)
         assert (len(splits.train), len(splits.valid)) == (self.train, self.valid)
         if self.test is None: return splits
         return dataclasses.replace(splits, test=thin(splits.test, self.test, rng(0, 'test images')))
