@@ -91,7 +91,7 @@ def train(self: DualCopy,
     self.structural.eval()
     return self
 
-# %% ../../nbs/36_gating.dualcopy.ipynb #f9a4f7b0
+# %% ../../nbs/36_gating.dualcopy.ipynb #fc222151
 @patch
 def certify(self: DualCopy,
     x: Tensor, # A few inputs, the first dimension being theirs
@@ -101,7 +101,7 @@ def certify(self: DualCopy,
     self.certificate = certify(self, x, original)
     return self.certificate
 
-# %% ../../nbs/36_gating.dualcopy.ipynb #681fcf1a
+# %% ../../nbs/36_gating.dualcopy.ipynb #dc3d94cb
 @patch
 def certify_once(self: DualCopy,
     x: Tensor, # The input that has come
@@ -115,7 +115,7 @@ def certify_once(self: DualCopy,
         CERTIFIED.discard(self.ticket)
         raise
 
-# %% ../../nbs/36_gating.dualcopy.ipynb #f70e58c5
+# %% ../../nbs/36_gating.dualcopy.ipynb #e4f54220
 def may_be_certified(
     x: Tensor, # An input
 ) -> bool:

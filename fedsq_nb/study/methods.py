@@ -61,6 +61,7 @@ def gated(
 ) -> DualCopy:
     "FedSQ's parametrisation."
     options = dict(pool=config.pool, excite=config.excite, attention=config.attention, norm=config.norm, unknown=config.unknown)
+    options['certify'] = False  # that is done once, before the runs
     plain = ','.join(filter(None, [config.plain_sites, *([] if config.gated_sites == 'all' else _half(DualCopy(model, **options), config.gated_sites))]))
     if config.gate_source == 'own': return DualCopy(model, plain=plain, **options)
     dc = DualCopy(_forgetful(model, config.seed), plain=plain, **options)
