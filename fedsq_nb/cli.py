@@ -277,7 +277,8 @@ def show(
     as_json: bool, # The table as JSON, and nothing else
 ) -> None:
     "Print the results on standard output."
-    from fedsq_nb.study.report import headline, notes, records, table, text_table
+    from fedsq_nb.study.tables import headline, notes, table, text_table
+    from fedsq_nb.study.summary import records
     if as_json: return print(json.dumps(records(rows, baseline), indent=1))
     lines = [text_table(table(rows, baseline)), '', headline(rows, baseline), *notes(rows)]
     print(*lines, f'Final weights: {fingerprint(rows)}', sep='\n')
@@ -341,9 +342,11 @@ def run_report(
 ) -> int: # Exit status
     "`fedsq report`: read, print, report."
     from fedsq_nb.core import check_name
-    from fedsq_nb.study.report import missing, report
-    from fedsq_nb.study.folder import read_rows
+    from fedsq_nb.study.summary import missing
+    from fedsq_nb.study.report import report
+    from fedsq_nb.study.folder import check_whole, read_rows
     rows = read_rows(args.folder)
+    check_whole(args.folder)
     baseline = check_name(args.baseline, rows.method.unique(), 'baseline') if args.baseline else rows.method.iloc[0]
     page = report(args.folder, baseline=baseline)
     show(rows, baseline, args.json)
@@ -356,9 +359,9 @@ def run_methods(
     args: argparse.Namespace, # From `parse`
 ) -> int: # Exit status
     "`fedsq methods`: print the table of methods."
-    from fedsq_nb.study.methods import SOURCES
-    from fedsq_nb.study.report import text_table
-    rows = SOURCES.reset_index()
+    from fedsq_nb.study.methods import method_table
+    from fedsq_nb.study.tables import text_table
+    rows = method_table().reset_index()
     if args.json: print(rows.to_json(orient='records', indent=1))
     else: print(text_table(rows[['method', 'source', 'passes', 'down', 'up']]))
     return 0
@@ -407,7 +410,7 @@ def run_bench(
     "`fedsq bench`: measure and print."
     from fedsq_nb.bench.dualcopy import machine
     from fedsq_nb.core import atomic_write
-    from fedsq_nb.study.report import text_table
+    from fedsq_nb.study.tables import text_table
     rows, shown = bench_rows(args)
     lines = rows.to_json(orient='records', lines=True)
     if args.out: atomic_write(args.out, lines)

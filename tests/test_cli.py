@@ -13,6 +13,7 @@ from fedsq_nb import __version__
 from fedsq_nb.data.example import ResCNN
 from fedsq_nb.cli import main
 from fedsq_nb.study.config import SETTINGS, Config, read_toml
+from fedsq_nb.study.folder import read_lines
 
 gen = np.random.default_rng(0)
 x, y = gen.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8), np.arange(60) % 3
@@ -29,7 +30,7 @@ def pictures(top, n=10, classes='abc'):
         for i in range(n): Image.fromarray(gen.integers(60*k, 60*k + 130, (14, 11, 3), dtype=np.uint8)).save(top/name/f'{i}.png')
     return top
 
-def rows_of(folder): return [json.loads(line) for line in (folder/'rounds.jsonl').read_text().splitlines()]
+def rows_of(folder): return read_lines(folder/'rounds.jsonl')
 def timeless(folder): return [{k: v for k, v in r.items() if not k.endswith('seconds')} for r in rows_of(folder)]
 def tree(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
@@ -317,7 +318,7 @@ def test_the_default_job_made_small(fedsq, tmp_path):
     assert [(r['method'], r['seed'], r['round']) for r in rows] == [(m, s, t) for s in (0, 1) for m in ('fedavg', 'fedprox', 'fedsq') for t in range(2)]
     needed = 'method seed round val_accuracy val_loss test_accuracy train_loss bytes_up bytes_down seconds clients_ok clients_failed'
     assert all(set(needed.split()) <= r.keys() and r['state'] == 'ok' for r in rows)
-    assert {p.name for p in (tmp_path/'a').rglob('*')} == {'config.toml', 'made_from.json', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html', 'weights',
+    assert {p.name for p in (tmp_path/'a').rglob('*')} == {'SHA256SUMS', 'config.toml', 'made_from.json', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'report.html', 'weights',
         *(f'{m}-{s}.safetensors' for m in ('fedavg', 'fedprox', 'fedsq') for s in (0, 1))}
     assert {k: v for k, v in read_toml(tmp_path/'a'/'config.toml').items() if k in ('backbone', 'weights', 'size', 'alpha')} == {
         'backbone': 'rescnn', 'weights': 'printed', 'size': 16, 'alpha': 1.0}

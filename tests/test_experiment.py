@@ -1,5 +1,5 @@
 "From one configuration to rows: repeatable to the bit, test data that influence nothing, and a fair search for learning rates."
-import dataclasses, json, random, subprocess, sys
+import contextlib, dataclasses, json, multiprocessing, os, random, shutil, signal, subprocess, sys, time, tomllib
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,11 @@ from hypothesis import given, settings, strategies as st
 from fedsq_nb.study import experiment as E, task as T
 from fedsq_nb.core import rng, save_state, state_hash
 from fedsq_nb.data.images import ImageSet
-from fedsq_nb.study.config import Config
+from fedsq_nb.cli import main
+from fedsq_nb.engine.execute import WorkerLost, serial
+from fedsq_nb.study.config import Config, read_toml
 from fedsq_nb.study.experiment import calibrate, compare
-from fedsq_nb.study.folder import read_origin
+from fedsq_nb.study.folder import append_row, check_whole, read_calibration, read_origin, read_rows, read_settings, sole_writer
 from fedsq_nb.study.methods import METHODS
 from fedsq_nb.study.task import partition_card
 from fedsq_nb.data.partition import partition_hash
@@ -123,7 +125,7 @@ def test_a_trial_is_the_mean_of_each_seeds_best_round_on_validation(monkeypatch)
 def search(formula, rates=(.003, .01, .03), method='fedavg'):
     "Calibrate with `formula(lr)` as validation accuracy, None for a divergence."
     asked = []
-    def trial(task, method, lr):
+    def trial(task, method, lr, *journal):
         asked.append(lr)
         v = formula(lr)
         return dict(method=method, lr=lr, round=1., val_accuracy=v, val_loss=None if v is None else 1 - v, state='diverged' if v is None else 'ok')
@@ -160,7 +162,7 @@ def test_the_search_ends_with_the_best_of_what_it_tried(rates, seed, often):
     assert all(search(value, tuple(rates), m) == (lr, asked) for m in METHODS)
 
 def test_equal_accuracies_are_told_apart_by_loss():
-    def trial(task, method, lr): return dict(method=method, lr=lr, round=1., val_accuracy=.5, val_loss=abs(lr - .01), state='ok')
+    def trial(task, method, lr, *journal): return dict(method=method, lr=lr, round=1., val_accuracy=.5, val_loss=abs(lr - .01), state='ok')
     with pytest.MonkeyPatch.context() as m:
         m.setattr(E, 'try_rate', trial)
         assert calibrate(type('', (), {'config': Config()}), 'fedsq')[0] == .01
@@ -287,3 +289,171 @@ def test_a_checkpoint_belongs_to_its_contents(tmp_path):
     x[0, 0, 0, 0] ^= 1
     other = dataclasses.replace(task, splits=dataclasses.replace(task.splits, train=dataclasses.replace(task.splits.train, images=x)))
     with pytest.raises(E.InputError, match='belongs to another run'): E.run(other, 'fedavg', 0, .02, rounds=1, checkpoints=tmp_path)
+
+# ---- one writer a folder
+
+def waiting_run(config, pipe):
+    "A comparison that tells of its first row and goes on when it is told to."
+    def on_row(row):
+        if row['round'] == 1:
+            pipe.send('here')
+            pipe.recv()
+    compare(config, say=quiet, on_row=on_row)
+
+def test_a_second_writer_is_refused_and_disturbs_nobody(halted, tmp_path, capsys):
+    "Beside a running process: --resume, a new run and --overwrite are refused in one line; a report is allowed."
+    job = halted.replace(out=str(tmp_path/'run'))
+    here, there = multiprocessing.Pipe()
+    p = multiprocessing.get_context('fork').Process(target=waiting_run, args=(job, there))
+    p.start()
+    assert here.poll(60) and here.recv() == 'here'
+    before = files(tmp_path/'run')
+    for more in (dict(resume=True), dict(overwrite=True), {}):
+        with pytest.raises(E.InputError, match='another process is writing|already holds a run'): compare(job.replace(**more), say=quiet)
+    capsys.readouterr()
+    assert main(['compare', '--resume', '--out', job.out]) == 2
+    printed, err = capsys.readouterr()
+    assert printed == '' and err.count('\n') == 1 and 'another process is writing there' in err
+    assert files(tmp_path/'run') == before and len(read_rows(job.out)) == 2
+    here.send('on')
+    assert here.recv() == 'here'  # the second method has come to its first round
+    here.send('on')
+    p.join(60)
+    assert p.exitcode == 0 and len(read_rows(job.out)) == 6
+
+def orphaned(folder, pipe):
+    "Hold the lock, have a child that lives on, and wait to be killed."
+    with sole_writer(folder):
+        child = os.fork()
+        if not child: time.sleep(60); os._exit(0)
+        pipe.send(child)
+        time.sleep(60)
+
+def test_the_lock_dies_with_its_process_and_not_with_its_children(tmp_path):
+    here, there = multiprocessing.Pipe()
+    p = multiprocessing.get_context('fork').Process(target=orphaned, args=(tmp_path, there))
+    p.start()
+    child = here.recv()
+    with pytest.raises(E.InputError, match='another process'):
+        with sole_writer(tmp_path): pass
+    p.kill(); p.join()
+    try:
+        os.kill(child, 0)  # it lives
+        with sole_writer(tmp_path): pass
+    finally: os.kill(child, signal.SIGKILL)
+
+# ---- calibration is part of the run
+
+class Counting:
+    "The serial executor, counting the rounds it plays; client 1 is lost in the first of them, so many times."
+    def __init__(self, losses=0): self.rounds, self.losses = 0, losses
+    def __call__(self, train, state, clients, round):
+        self.rounds += 1
+        lose, self.losses = self.losses > 0 and round == 1, self.losses - (round == 1)
+        for c, answer in serial(train, state, clients, round): yield c, WorkerLost('its process was killed by signal 9') if lose and c == 1 else answer
+
+@pytest.fixture
+def executing(monkeypatch):
+    def use(losses=0):
+        executor = Counting(losses)
+        monkeypatch.setattr(E, 'executor', lambda *a: contextlib.nullcontext(executor))
+        return executor
+    return use
+
+AUTO = TINY | dict(lr='auto', rates=(.01, .03), calibration_seeds=2, calibration_rounds=3, methods='fedavg,fedsq', rounds=1)
+
+def calibration_of(folder): return (folder/'calibration.jsonl').read_bytes()
+
+@pytest.fixture(scope='module')
+def calibrated(tmp_path_factory):
+    "A calibrated run that nobody disturbed."
+    out = tmp_path_factory.mktemp('calibrated')/'out'
+    return compare(Config(**AUTO, out=str(out)), say=quiet), out
+
+@pytest.mark.parametrize('stop', [1, 7, 13, 20, 30])
+def test_a_crash_in_the_calibration_loses_the_unfinished_round_only(stop, calibrated, executing, tmp_path):
+    whole, folder = calibrated
+    executor, told = executing(), []
+    def crash(row):
+        told.append(row)
+        if row['round'] and sum(r['round'] > 0 for r in told) == stop: raise Crash
+    job = Config(**AUTO, out=str(tmp_path/'out'))
+    with pytest.raises(Crash): compare(job, say=quiet, on_trial_row=crash)
+    done = compare(job.replace(resume=True), say=quiet)
+    assert executor.rounds == 1 + sum(len(E.trial_seeds(0, 2))*3 for _ in range(len(whole.calibration))) + 2
+    assert calibration_of(tmp_path/'out') == calibration_of(folder) and done.rates == whole.rates and same(rows_of(done), rows_of(whole))
+
+def test_a_client_that_is_lost_by_accident_changes_no_rate(calibrated, executing, tmp_path):
+    whole, said = calibrated[0], []
+    executing(losses=1)
+    done = compare(Config(**AUTO, out=str(tmp_path/'out')), say=said.append)
+    assert done.rates == whole.rates and done.calibration.equals(whole.calibration) and same(rows_of(done), rows_of(whole))
+    [lost] = [row for row in read_calibration(tmp_path/'out') if row['state'] == 'lost']
+    assert lost['again'] and [(f['round'], f['client'], f['kind']) for f in lost['failures']] == [(1, 1, 'lost')]
+    assert any('lost client 1 in round 1' in text and 'played again' in text for text in said)
+
+def test_a_client_that_is_always_lost_is_given_up(executing, tmp_path):
+    said = []
+    executor = executing(losses=10**9)
+    job = Config(**AUTO | dict(methods='fedavg', rates=(.01,), calibration_seeds=1, out=str(tmp_path/'out')))
+    task = E.load_task(job)
+    row = E.try_rate(task, 'fedavg', .01, E.Journal(say=said.append))
+    assert executor.rounds == 2*3 and row['state'] == 'ok' and 'counts as it is' in said[-1] and len(said) == 2
+
+def test_the_planned_rounds_are_those_that_are_played(calibrated, executing):
+    executor, trials = executing(), []
+    job = Config(**AUTO | dict(calibration_rounds=1))
+    result = compare(job, say=quiet, on_trial_row=lambda row: trials.append(row['round'] > 0))
+    planned = E.planned_rounds(job)
+    extra = len(result.calibration) - 2*2
+    assert sum(trials) == planned['calibration'] + extra*planned['trial'] and executor.rounds == sum(trials) + planned['runs']
+
+# ---- a flipped bit is seen
+
+def flips(data): return ((i, data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1:]) for i in range(len(data)) for bit in range(8))
+
+def test_every_flipped_bit_in_a_file_of_rows_is_named_with_its_line(tmp_path):
+    "All of them. Only the end of the last line may be taken for a line that was cut short."
+    path = tmp_path/'calibration.jsonl'
+    for lr in (.01, .03, .1): append_row(path, {'method': 'fedsq', 'lr': lr, 'val_accuracy': .625, 'state': 'ok', 'chosen': lr == .03})
+    data, rows = path.read_bytes(), read_calibration(tmp_path)
+    ends = [i for i, byte in enumerate(data) if byte == 10]
+    for i, flipped in flips(data):
+        path.write_bytes(flipped)
+        if i == len(data) - 1:
+            assert read_calibration(tmp_path) == rows[:-1]
+            continue
+        line = 1 + sum(end < i for end in ends)
+        with pytest.raises(E.InputError, match=rf'calibration.jsonl line ({line}|{line + 1}) '): read_calibration(tmp_path)
+
+def test_a_file_of_a_complete_run_that_has_changed_is_named(calibrated, tmp_path, capsys):
+    "One bit anywhere in any file; a file that was taken away is none."
+    out = tmp_path/'out'
+    shutil.copytree(calibrated[1], out)
+    check_whole(out)
+    names = [name for name in files(out) if name != 'SHA256SUMS']
+    assert {'config.toml', 'made_from.json', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'weights/fedsq-0.safetensors'} <= set(names)
+    for k, name in enumerate(names):
+        whole = (out/name).read_bytes()
+        at = rng(0, 'flip', k).integers(len(whole))
+        (out/name).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+        with pytest.raises(E.InputError, match=name): check_whole(out)
+        capsys.readouterr()
+        assert main(['report', str(out)]) == 2 and 'Traceback' not in capsys.readouterr().err
+        (out/name).write_bytes(whole)
+    shutil.rmtree(out/'weights')
+    check_whole(out)
+    assert subprocess.run(['sha256sum', '-c', '--quiet', '--ignore-missing', 'SHA256SUMS'], cwd=out).returncode == 0
+
+def test_a_damaged_row_of_the_calibration_stops_a_resume_in_one_line(halted, tmp_path):
+    out = tmp_path/'out'
+    append_row(out/'calibration.jsonl', {'method': 'fedavg', 'lr': .01, 'val_accuracy': .5, 'state': 'ok'})
+    (out/'calibration.jsonl').write_bytes((out/'calibration.jsonl').read_bytes().replace(b'0.5', b'0.7'))
+    refused(halted, out, 'calibration.jsonl line 1', 'checksum')
+
+def test_settings_are_written_in_tables_and_flat_ones_are_read(calibrated, tmp_path):
+    tables = tomllib.loads((calibrated[1]/'config.toml').read_text())
+    assert tables['federation']['clients'] == 3 and tables['chosen']['rates'] == calibrated[0].rates and not {'resume', 'force'} & tables['output'].keys()
+    assert read_settings(calibrated[1])['clients'] == 3
+    (tmp_path/'config.toml').write_text('clients = 7\n[chosen.rates]\nfedavg = 0.01\n')
+    assert read_settings(tmp_path) == {'clients': 7, 'chosen': {'rates': {'fedavg': .01}}} and read_toml(tmp_path/'config.toml') == {'clients': 7}

@@ -3,6 +3,7 @@ import dataclasses, functools, json, math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -10,8 +11,10 @@ from fedsq_nb.core import InputError, Update, copy_state, norm, rng, state_hash,
 from fedsq_nb.study.config import Config
 from fedsq_nb.study.experiment import compare, run
 from fedsq_nb.study.task import load_task
+from fedsq_nb.server.aggregate import FedAvg
+from fedsq_nb.study.settings import MethodSettings
 from fedsq_nb.engine.federate import Diverged, Federation, Limits, RoundVoid
-from fedsq_nb.study.methods import METHODS, ServerContext, method_of
+from fedsq_nb.study.methods import METHODS, Method, Source, add_method, known_values, method_of, method_table
 
 TINY = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=7, alpha=1., min_size=4, batch_size=8, max_train=90, valid_fraction=.05, test_fraction=.05, workers=1, dp_noise=.01)
 MIXED = ['fedsq+fedprox', 'fedsq+fedadam', 'fedsq+scaffold', 'fedsq+fedbn', 'fedsq+krum', 'fedsq+int8', 'fedsq+moon', 'fedsq+private', 'scaffold+fedyogi', 'fedsq_refresh+scaffold',
@@ -28,6 +31,13 @@ def same(a, b):
     assert a.memory.seen_clients == b.memory.seen_clients and a.memory.outdated_clients == b.memory.outdated_clients
     assert state_hash(a.memory.renewed_from or {}) == state_hash(b.memory.renewed_from or {})
 
+class Stopped(Exception): "Somebody stopped the run."
+def stop_after(task, method, rounds, checkpoints):
+    "Play so many rounds and a part of the next, as if the process had been killed there."
+    def on_row(row):
+        if row['round'] == rounds + 1: raise Stopped
+    with pytest.raises(Stopped): run(task, method, 0, .02, on_row=on_row, checkpoints=checkpoints)
+
 # ---- the same bits whoever trains, and after a stop
 
 @pytest.mark.parametrize('method', [*METHODS, *MIXED])
@@ -36,7 +46,7 @@ def test_the_same_bits_with_workers_and_after_a_stop(method, tmp_path):
     whole = run(task, method, 0, .02)
     assert [r['state'] for r in whole.rows] == ['ok']*3 and whole.rows[-1]['clients_ok'] == 7
     assert state_hash(whole.state) != whole.rows[0]['weights']
-    run(task, method, 0, .02, rounds=1, checkpoints=tmp_path)
+    stop_after(task, method, 1, tmp_path)
     gone_on = run(with_config(task, workers=2), method, 0, .02, checkpoints=tmp_path)
     same(gone_on, whole)
 
@@ -46,8 +56,8 @@ def test_the_same_bits_when_few_take_part(method, tmp_path):
     task = task_of(per_round=3, rounds=5, client_dropout=.2, stragglers=.4, sampling='size')
     whole = run(task, method, 0, .02)
     same(run(with_config(task, workers=2), method, 0, .02), whole)
-    for rounds in (1, 3, 5): done = run(task, method, 0, .02, rounds=rounds, checkpoints=tmp_path)
-    same(done, whole)
+    for rounds in (1, 3): stop_after(task, method, rounds, tmp_path)
+    same(run(task, method, 0, .02, checkpoints=tmp_path), whole)
 
 def test_every_method_does_something_else():
     hashes = {m: state_hash({n: t for n, t in run(task_of(), m, 0, .02).state.items() if not n.startswith('control/')}) for m in METHODS}
@@ -147,11 +157,10 @@ POISON = {
     'missing tensor': lambda u: dataclasses.replace(u, state={'w': u.state['w'], 'n': u.state['n']}), 'another tensor': lambda u: state_with(u, x=torch.zeros(1)), 'wrong type': lambda u: state_with(u, w=u.state['w'].double()),
     'negative weight': lambda u: dataclasses.replace(u, weight=-5.), 'no weight': lambda u: dataclasses.replace(u, weight=0), 'weight nan': lambda u: dataclasses.replace(u, weight=math.nan),
     'huge weight': lambda u: dataclasses.replace(u, weight=1e12), 'stale round': lambda u: dataclasses.replace(u, round=0), 'round to come': lambda u: dataclasses.replace(u, round=7), "another's name": lambda u: dataclasses.replace(u, client=2)}
-RULES = sorted(m for m, method in METHODS.items() if method.rule is not METHODS['fedavg'].rule or method.around is not METHODS['fedavg'].around or m == 'fedavg')
+RULES = sorted(m for m, method in METHODS.items() if method.rule is not METHODS['fedavg'].rule or method.wrap_rule is not METHODS['fedavg'].wrap_rule or m == 'fedavg')
 
 def rule_of(name):
-    m, scene = METHODS[name], ServerContext(Config(workers=1), .01, [10 + c for c in range(10)], 0)
-    return m.around(scene, m.rule(scene))
+    return METHODS[name].make_rule(**known_values(client_sizes=[10 + c for c in range(10)]))
 
 def play(name, answer, rounds=2):
     "A federation of ten whose clients answer as told."
@@ -205,6 +214,88 @@ def test_honest_clients_of_unequal_size_are_not_outliers():
     fed = Federation(copy_state(START), 10, lambda *a: None, execute=lambda t, s, cs, r: (p for c in cs for p in big(c, honest(c, r))))
     fed.fit(1)
     assert fed.rows[-1]['clients_ok'] == 10
+
+# ---- the table, and what is put in it
+
+TABLE = pd.read_csv(Path(__file__).with_name('method_table.csv'), index_col='method', dtype=str)
+
+def test_the_table_says_of_every_method_what_it_said():
+    pd.testing.assert_frame_equal(method_table().loc[list(TABLE.index)], TABLE)
+    assert list(METHODS)[:len(TABLE)] == list(TABLE.index) and len(TABLE) == 31
+
+@pytest.fixture
+def table():
+    "A table that is as before when the test is over."
+    before = dict(METHODS)
+    yield METHODS
+    METHODS.clear()
+    METHODS.update(before)
+
+class HalfWay:
+    "Half the way to the mean."
+    def step(self, state, updates):
+        mean = FedAvg().step(state, updates)
+        return {n: torch.lerp(state[n], t, .5) if t.is_floating_point() else t for n, t in mean.items()}
+
+def test_a_method_in_ten_lines_is_compared_combined_and_listed(table):
+    add_method('half', Method(rule=HalfWay, source=Source('this test', passes='1')))
+    names = ('fedavg', 'half', 'fedsq+half', 'half+fedprox+int8')
+    found = compare(Config(**TINY | dict(methods=names, mu=1.)), say=lambda note: None)
+    last = found.rows[found.rows['round'] == 2].set_index('method')
+    assert list(last.index) == list(names) and last.weights.nunique() == 4 and last.val_accuracy.notna().all()
+    assert list(found.last_rows().index) == list(names)
+    assert method_table().loc['half', 'source'] == 'this test' and Config(methods='all').methods[-1] == 'half'
+
+def test_makers_get_what_they_name_and_nothing_else(table):
+    asked = []
+    def callbacks(mu, client_lr, seed=7): asked.append(('callbacks', mu, client_lr, seed)); return []
+    def rule(clients_per_round, client_sizes, trim, other='own'): asked.append(('rule', clients_per_round, list(client_sizes), trim, other)); return FedAvg()
+    add_method('curious', Method(callbacks=callbacks, rule=rule))
+    fed = run(with_config(task_of(), mu=.25, trim=.2, per_round=3), 'curious', 0, .02, rounds=1)
+    assert ('callbacks', .25, .02, 0) in asked and ('rule', 3, [len(p) for p in task_of().parts(0)], .2, 'own') in asked and fed.rows[-1]['state'] == 'ok'
+
+@pytest.mark.parametrize('name', ['', 'all', 'a+b', 'a,b', 'a b', 'a=b'])
+def test_names_that_could_not_be_written_are_refused(name, table):
+    with pytest.raises(InputError, match='must be a word'): add_method(name, Method())
+    assert name not in table
+
+def test_a_name_is_taken_over_only_when_told(table):
+    with pytest.raises(InputError, match="'fedprox' is in the table already.*replace=True"): add_method('fedprox', Method(rule=HalfWay))
+    assert method_of('fedprox') != Method(rule=HalfWay)
+    add_method('fedprox', Method(rule=HalfWay), replace=True)
+    assert method_of('fedprox') == Method(rule=HalfWay) and list(table)[:31] == list(TABLE.index)
+
+@pytest.mark.parametrize('method, words', [
+    (Method(rule=lambda server_rl: FedAvg()), "argument of 'mine', rule: 'server_rl': did you mean 'server_lr'?"),
+    (Method(callbacks=lambda config: []), "argument of 'mine', callbacks: 'config'"),
+    (Method(wrap_rule=lambda rule, clp: rule), "argument of 'mine', wrap_rule: 'clp'")])
+def test_makers_that_ask_for_what_nobody_knows_are_refused(method, words, table):
+    with pytest.raises(InputError) as e: add_method('mine', method)
+    assert words in str(e.value) and 'mine' not in table
+
+def test_every_pair_composes_or_says_why_not():
+    "Two parts go together exactly when they leave each other's fields alone, and what is made of them has the facts of both."
+    for a in METHODS:
+        for b in METHODS:
+            one, two = METHODS[a], METHODS[b]
+            free = [f.name for f in dataclasses.fields(Method) if f.name in ('parametrise', 'rule', 'wrap_rule', 'local_names', 'control')]
+            clash = [f for f in free if getattr(one, f) != getattr(Method(), f) and getattr(two, f) != getattr(Method(), f)]
+            option = set(dict(one.settings)) & set(dict(two.settings))
+            secret = {a, b} == {'scaffold', 'private'}
+            if a == b or clash or option or secret:
+                with pytest.raises(InputError, match='names a part twice|both decide|set the same option|would not be private'): method_of(f'{a}+{b}')
+                continue
+            both = method_of(f'{a}+{b}')
+            assert both.parts == (a, b) and dict(both.settings) == dict(one.settings) | dict(two.settings)
+            assert all(getattr(both, fact) == (getattr(one, fact) or getattr(two, fact)) for fact in ('gated', 'proximal', 'private', 'control'))
+            known = known_values(client_sizes=[10]*10)
+            assert [type(cb) for cb in both.make_callbacks(**known)] == [type(cb) for m in (one, two) for cb in m.make_callbacks(**known)]
+
+def test_facts_say_what_a_method_is():
+    assert [m for m in METHODS if METHODS[m].gated] == [m for m in METHODS if m.startswith('fedsq')]
+    assert [m for m in METHODS if METHODS[m].proximal] == ['fedprox'] and [m for m in METHODS if METHODS[m].private] == ['private']
+    known = known_values(client_lr=.1, client_sizes=[1, 2], algorithms=MethodSettings(mu=.5))
+    assert method_of('fednova').make_rule(**known).proximal == 0 and method_of('fednova+fedprox').make_rule(**known).proximal == .1*.5
 
 # ---- what is counted
 

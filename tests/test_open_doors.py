@@ -71,7 +71,7 @@ class Half:
 
 
 def test_a_server_rule_of_ones_own(monkeypatch):
-    monkeypatch.setitem(METHODS, 'half', Method(rule=lambda context: Half()))
+    monkeypatch.setitem(METHODS, 'half', Method(rule=Half))
     result = compare(Config(**SMALL, methods=('fedavg', 'half')), data=splits(), model=net, say=quiet)
     assert state_hash(result.weights['half', 0]) != state_hash(result.weights['fedavg', 0])
 

@@ -1,6 +1,7 @@
 "The report: statistics against an independent oracle, honesty about divergence and partial runs, and a page that stands alone."
 import json
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsq_nb.study import report as R
 from fedsq_nb.core import InputError
+from fedsq_nb.study import figures, folder, report, summary, tables
+
+R = SimpleNamespace(**{name: getattr(room, name) for room in (folder, summary, tables, figures, report) for name in room.__all__})
 
 T975 = {2: 12.706204736, 3: 4.302652730, 4: 3.182446305, 5: 2.776445105}  # printed tables of Student's t, by number of values
 SITES = ['conv1.relu', 'block.relu', 'block.relu@2']
@@ -327,7 +330,7 @@ def test_a_bare_figure_appears_once_in_a_new_notebook(tmp_path, before):
     import os, subprocess, sys
     from pathlib import Path
     write(tmp_path, run('fedavg', 0, [.5, .6]) + run('fedsq', 0, [.5, .7]), partition__json=json.dumps(dict(counts={'0': [[1, 2], [3, 4]]})))
-    sources = [before + f'from fedsq_nb.study.folder import read_rows\nfrom fedsq_nb.study.report import *\nrows = read_rows({str(tmp_path)!r})',
+    sources = [before + f'from fedsq_nb.study.folder import read_rows\nfrom fedsq_nb.study.figures import *\nrows = read_rows({str(tmp_path)!r})',
                'curves(rows)', 'gate_maps(rows)', f'partition_maps({str(tmp_path)!r})', 'curves(rows).show()', 'figure = curves(rows)']
     cell = lambda s: dict(cell_type='code', id=f'c{abs(hash(s))}', metadata={}, source=s, outputs=[], execution_count=None)
     kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))

@@ -6,7 +6,7 @@
 __all__ = ['Slot', 'slot_of', 'slots_of', 'row_bytes', 'pack_site', 'check_range', 'pack', 'unpack_bits', 'unpack_site',
            'in_shape', 'unpack', 'Plan', 'plan', 'memory_order', 'cache_key', 'array_hash', 'layer_settings', 'wiring',
            'GateCache', 'packed_rows', 'cache_in_memory', 'write_cache', 'open_cache', 'checksum', 'mapped_cache',
-           'verdict', 'gate_cache']
+           'storage_verdict', 'gate_cache']
 
 # %% ../../nbs/38_gating.cache.ipynb #9f63c9dd
 import hashlib, json, math, os, struct
@@ -367,7 +367,7 @@ def __reduce__(self: GateCache) -> tuple:
     return mapped_cache, (self.path, self.slots, len(self.rows)//self.views, self.views)
 
 # %% ../../nbs/38_gating.cache.ipynb #43e8ba6c
-def verdict(
+def storage_verdict(
     plans: list[Plan], # What caches would hold
     limit: int, # Bytes that they may take together
 ) -> str:
@@ -397,7 +397,7 @@ def gate_cache(
 ) -> GateCache | None: # None when gates must be computed for each batch
     "The gates of all images, from a file or built now."
     p = plan(dc, batches, soft)
-    if announce: say(verdict([p], limit))
+    if announce: say(storage_verdict([p], limit))
     if not p.views or not p.slots or p.total > limit: return None
     if folder is None: return cache_in_memory(dc, batches, p)
     key = cache_key(dc, batches, p.slots)

@@ -20,7 +20,7 @@ from .gates import Gates
 from fedsq_nb.gating.graph import (
     check_linear, common, cuts, frozen_names, layers_of, matches, merged, rewrite, side_by_side, sites_of, to_function,
     trace, units_of)
-from .rules import FAMILY, OPTIONS, SETTINGS, Unit
+from .rules import FAMILY, OPTIONS, ARGUMENTS, Unit
 
 # %% ../../nbs/36_gating.dualcopy.ipynb #b9afef80
 class DualCopy(nn.Module):
@@ -191,7 +191,7 @@ def check(self: DualCopy,
     "Raise `InputError` for what has no rule."
     if self.unknown == 'plain': return
     own = {family for family, value in self.options.items() if value != 'structural'}
-    allowed = {name for name in SETTINGS if FAMILY.get(name) in own}
+    allowed = {name for name in ARGUMENTS if FAMILY.get(name) in own}
     plain = {node.name for node, site in sites_of(graph).items() if matches(site, self.plain)}
     products = bool(own & {'excite', 'attention'} or plain)
     check_linear(given, self.quantitative, allowed, plain, products=products)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Participants', 'with_error', 'make_participants', 'make_federation', 'federation', 'store_all', 'participants_of',
            'cpu_threads', 'task_contents', 'decisive_settings', 'run', 'federation_of', 'executor', 'keep_checkpoints',
-           'try_rate', 'calibrate', 'Comparison', 'compare', 'settings_to_write', 'open_folder', 'go_on',
-           'calibrate_all', 'run_all']
+           'Journal', 'lost_text', 'trial_run', 'try_rate', 'calibrate', 'Comparison', 'compare', 'planned_rounds',
+           'settings_to_write', 'open_folder', 'go_on', 'calibrate_all', 'run_all']
 
 # %% ../../nbs/76_study.experiment.ipynb #fbd67d54
-import contextlib, dataclasses, functools, hashlib, json, operator
+import contextlib, dataclasses, functools, hashlib, json, operator, shutil, tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 
 from ..data.images import Format
 from ..client.compression import decode, encode, parse_kind
-from ..client.learner import FedProx, LocalTraining, constant_state, shared_state, trained_copy
+from ..client.learner import LocalTraining, constant_state, shared_state, trained_copy
 from ..core import InputError, State, serialised_bytes, state_hash
 from ..data.batches import Augment, Batches
 from ..data.images import Splits
@@ -33,13 +33,13 @@ from ..gating.cache import GateCache, gate_cache
 from ..gating.dualcopy import DualCopy
 from ..server.aggregate import FedAvg
 from ..server.optimizers import with_control
-from .calibrate import choose_rate, next_rate, trial, trial_seeds
-from .config import Config, fixed_rates, read_toml, run_settings, settings_for
+from .calibrate import choose_rate, trial, trial_seeds, undisturbed
+from .config import Config, as_toml, fixed_rates, read_toml, run_settings, settings_for
 from .folder import RunFolder, append_row, check_same_partition, check_same_settings, claim, holds_run
-from .folder import read_origin
+from .folder import read_origin, sole_writer
 from .origin import check_origin, contents_of, origin_of
 from .measure import client_accuracies, gap_meter, state_measure
-from .methods import METHODS, Method, ServerContext, method_of
+from .methods import METHODS, Method, add_method, known_values, method_of
 from .task import Task, load_task, own_format, partition_card, seeds_of
 
 # %% ../../nbs/76_study.experiment.ipynb #be09851f
@@ -170,12 +170,15 @@ def participants_of(
     m, task, c = method_of(method), task.seen(parts, seed), settings_for(task.config, method)
     net, t = task.network(seed), c.training
     if anchor: net.load_state_dict({n: v for n, v in anchor.items() if not n.startswith('control/')}, strict=False)
-    model = m.parametrise(net, c).to(c.device)
+    known = known_values(c.gates, c.algorithms, seed=c.seed, client_lr=lr, client_momentum=t.momentum,
+                         client_sizes=[len(p) for p in parts])
+    model = m.make_model(net, **known).to(c.device)
     stored = {'train': task.gates(model, 'train', say), 'valid': task.gates(model, 'valid')}
     if test: stored['test'] = task.gates(model, 'test')
     training = dict(epochs=t.local_epochs, batch_size=t.batch_size, momentum=t.momentum, weight_decay=t.weight_decay,
                     augment=task.augment, stragglers=c.stragglers)
-    algorithm = dict(callbacks=functools.partial(m.callbacks, c), kept_names=tuple(m.at_home(model)), compress=c.compress)
+    algorithm = dict(callbacks=functools.partial(m.make_callbacks, **known), kept_names=tuple(m.local_names(model)),
+                     compress=c.compress)
     measured = dict(test=test, per_client=c.output.per_client, gap=c.output.gap)
     return make_participants(model, task.splits, parts, task.form, lr=lr, stored=stored, seed=seed, device=c.device,
                              **training, **algorithm, **measured)
@@ -245,8 +248,8 @@ def federation_of(
     "A federation for one method."
     m, c, sizes = method_of(method), settings_for(task.config, method), [len(p) for p in parts]
     p, f = participants_of(task, method, seed, lr, parts, test=test, say=say), c.federation
-    proximal = lr*sum(cb.mu for cb in m.callbacks(c) if isinstance(cb, FedProx))
-    context = ServerContext(c, lr, sizes, seed, proximal)
+    known = known_values(c.gates, c.algorithms, seed=seed, client_lr=lr, client_momentum=c.momentum,
+                         client_sizes=sizes, per_round=f.per_round)
     def renew(anchor):
         again = participants_of(task, method, seed, lr, parts, anchor=anchor, test=test)
         return again.train, again.measure
@@ -255,8 +258,7 @@ def federation_of(
     limits = dict(norm_limit=f.norm_limit or None, weight_limit=f.weight_limit or None,
                   min_clients=min(f.min_clients, len(parts)))
     refresh = c.refresh if isinstance(p.model, DualCopy) else 0
-    rule = m.around(context, m.rule(context))
-    return make_federation(p, rule=rule, control=m.control, seed=seed, sampling=Sampling(**drawn),
+    return make_federation(p, rule=m.make_rule(**known), control=m.control, seed=seed, sampling=Sampling(**drawn),
                            limits=Limits(**limits), renewal=Renewal(refresh, renew))
 
 # %% ../../nbs/76_study.experiment.ipynb #b6e9bbb7
@@ -283,28 +285,73 @@ def keep_checkpoints(
         for row in fed.rows: fed.listeners.on_row(row)
     fed.listeners.on_round = lambda: fed.save(folder, key) if (len(fed.rows) - 1) % every == 0 else None
 
+# %% ../../nbs/76_study.experiment.ipynb #bce52fbe
+@dataclasses.dataclass(frozen=True)
+class Journal:
+    "Where a comparison writes down what happens, and who is told."
+    folder: RunFolder | None = None # Where rows, checkpoints and weights are written, if anywhere
+    contents: dict | None = None # What the comparison is made from, for the keys of checkpoints
+    say: Callable[[str], None] = lambda message: None # Told what a reader should know
+    on_row: Callable[[dict], None] = lambda row: None # Told each row, those of the calibration too
+    on_trial_row: Callable[[dict], None] = lambda row: None # Told each round of the runs within a trial
+
+# %% ../../nbs/76_study.experiment.ipynb #f98659f3
+def lost_text(
+    row: dict, # method, lr, seed, failures and again
+) -> str: # One line
+    "What is told of a trial's run that lost clients."
+    where, f = f"{row['method']}, learning rate {row['lr']:g}", row['failures'][0]
+    more = f" and {len(row['failures']) - 1} more" if len(row['failures']) > 1 else ''
+    end = 'it is played again' if row['again'] else 'it counts as it is'
+    return f"{where}: a trial lost client {f['client']} in round {f['round']}{more} ({f['reason']}); {end}"
+
+# %% ../../nbs/76_study.experiment.ipynb #01ae17cb
+def trial_run(
+    task: Task, # Data and settings
+    method: str, # A name in `METHODS`
+    lr: float, # The learning rate to try
+    seed: int, # One of the calibration's seeds
+    journal: Journal, # Where checkpoints and losses are written
+) -> Sequence[dict]: # The rows of the run
+    "One run of a trial, gone on with or from its start, and again if it loses a client by accident."
+    c, folder = task.config.tuning, journal.folder
+    parts = [np.arange(len(task.splits.train))] if c.calibration == 'centralised' else task.parts(seed)
+    kept = folder.trial_checkpoints(method, lr)/str(seed) if folder else None
+    how = dict(rounds=c.calibration_rounds or task.config.rounds, parts=parts, test=False, checkpoints=kept)
+    def play():
+        return run(task, method, seed, lr, **how, contents=journal.contents, on_row=journal.on_trial_row).rows
+    def lose(lost, again):
+        row = {'method': method, 'lr': lr, 'seed': seed, 'state': 'lost', 'again': again, 'failures': lost}
+        journal.say(lost_text(row))
+        if not folder: return
+        append_row(folder.calibration, row)
+        if again: shutil.rmtree(kept)
+    return undisturbed(play, lose)
+
 # %% ../../nbs/76_study.experiment.ipynb #d441327b
 def try_rate(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`
     lr: float, # The learning rate to try
+    journal: Journal = Journal(), # Where what happens is written
 ) -> dict: # One row: best validation accuracy, mean over the calibration's seeds, and whether it diverged
     "Run `method` at `lr` on the calibration's seeds."
-    c = task.config.tuning
-    rounds, everything = c.calibration_rounds or task.config.rounds, [np.arange(len(task.splits.train))]
-    def rows_of(seed):
-        parts = everything if c.calibration == 'centralised' else task.parts(seed)
-        return run(task, method, seed, lr, rounds=rounds, parts=parts, test=False).rows
-    return {'method': method, 'lr': lr} | trial(rows_of, trial_seeds(task.config.seed, c.calibration_seeds))
+    seeds = trial_seeds(task.config.seed, task.config.tuning.calibration_seeds)
+    found = trial(lambda seed: trial_run(task, method, lr, seed, journal), seeds)
+    row = {'method': method, 'lr': lr} | found
+    if journal.folder: journal.folder.keep_trial(row)
+    return row
 
 # %% ../../nbs/76_study.experiment.ipynb #1bb34d70
 def calibrate(
     task: Task, # Data and settings
     method: str, # A name in `METHODS`
-    on_row: Callable[[dict], None] = lambda row: None, # Told the row of each rate as it is tried
+    journal: Journal = Journal(), # Where what happens is written; `on_row` is told the row of each rate
+    known: dict[float, dict] = {}, # Rows of trials that are complete, by rate
 ) -> tuple[float, list[dict]]: # The rate chosen, and one row for each rate tried
     "Choose a learning rate for `method` on the validation part."
-    return choose_rate(lambda lr: try_rate(task, method, lr), task.config.rates, on_row=on_row)
+    def row_of(lr): return known[lr] if lr in known else try_rate(task, method, lr, journal)
+    return choose_rate(row_of, task.config.rates, on_row=journal.on_row)
 
 # %% ../../nbs/76_study.experiment.ipynb #463f42d9
 @dataclasses.dataclass(frozen=True)
@@ -347,38 +394,53 @@ def compare(
     model: Any = None, # Your own: a network, which every run copies, or a function n_classes -> network
     say: Callable[[str], None] = print, # Told what a reader should know
     on_row: Callable[[dict], None] = lambda row: None, # Told each row as it is made, those of the calibration too
+    on_trial_row: Callable[[dict], None] = lambda row: None, # Told each round of the runs within the calibration
 ) -> Comparison:
     "Run every method on every seed. Raises `InputError` before anything is written if a setting cannot be used."
-    with cpu_threads(config.threads):
+    with cpu_threads(config.threads), contextlib.ExitStack() as held:
         again = config.resume and bool(config.out) and holds_run(config.out)
-        if config.out and not again: claim(config.out, config.overwrite, look=True)
+        if again: held.enter_context(sole_writer(config.out))
+        elif config.out: claim(config.out, config.overwrite, look=True)
         own = {name: given for name, given in {'data': data, 'model': model}.items() if given is not None}
         task = load_task(config, **own)
         origin = origin_of(task_contents(task), task.config.device)
+        if config.out and not again: held.enter_context(sole_writer(claim(config.out, config.overwrite)))
         folder, rates, tried = open_folder(task, origin, again)
         for note in task.notes: say(note.text)
-        if not set(rates) >= set(config.methods): rates, tried = calibrate_all(task, folder, say, on_row, rates, tried)
-        rows, weights = run_all(task, rates, folder, say, on_row, origin['contents'])
+        journal = Journal(folder, origin['contents'], say, on_row, on_trial_row)
+        if not fixed_rates(config): rates, tried = calibrate_all(task, journal, rates, tried)
+        rows, weights = run_all(task, rates, journal)
         if folder: folder.finish()
     return Comparison(task.config, rates, pd.DataFrame(rows), pd.DataFrame(tried), weights, folder and folder.path)
+
+# %% ../../nbs/76_study.experiment.ipynb #443cd929
+def planned_rounds(
+    config: Config, # Settings
+) -> dict[str, int]: # 'trial': of one rate; 'calibration': of all rates of all methods; 'runs': of the comparison
+    "How many rounds to expect."
+    trial_rounds = (config.calibration_rounds or config.rounds)*config.calibration_seeds
+    n_methods = len(config.methods)
+    n_trials = 0 if fixed_rates(config) else n_methods*len(config.rates)
+    return {'trial': trial_rounds, 'calibration': n_trials*trial_rounds, 'runs': n_methods*config.seeds*config.rounds}
 
 # %% ../../nbs/76_study.experiment.ipynb #d02a363e
 def settings_to_write(
     config: Config, # Settings
-) -> dict: # By name, without those that say how to open a folder
+) -> dict: # Tables by group, without those that say how to open a folder
     "What stands in a run's `config.toml`."
-    return {name: value for name, value in config.as_dict().items() if name not in ('resume', 'overwrite', 'force')}
+    return tomllib.loads(as_toml(config, ('resume', 'overwrite', 'force')))
 
+# %% ../../nbs/76_study.experiment.ipynb #9e28e1c9
 def open_folder(
     task: Task, # Data and settings
     origin: dict, # What the run is made from today
-    again: bool, # Go on with the run that is there?
+    again: bool, # Go on with the run that is there? If not, the folder is claimed already
 ) -> tuple[RunFolder | None, dict[str, float], list[dict]]: # The folder, rates known, rows of their calibration
-    "Claim a folder for a new run, or get a stopped one ready to go on."
+    "Begin a new run, or get a stopped one ready to go on."
     config, rates = task.config, dict(fixed_rates(task.config))
     if not config.out: return None, rates, []
     if again: return RunFolder(Path(config.out)), *go_on(task, origin)
-    folder = RunFolder(claim(config.out, config.overwrite))
+    folder = RunFolder(Path(config.out))
     folder.begin()
     folder.write_origin(origin)  # before the settings: a folder that has those can be gone on with
     folder.write_settings(settings_to_write(config), rates)
@@ -404,45 +466,44 @@ def go_on(
 # %% ../../nbs/76_study.experiment.ipynb #06f071ea
 def calibrate_all(
     task: Task, # Data and settings
-    folder: RunFolder | None, # Where rows and rates are written, if anywhere
-    say: Callable[[str], None], # Told what is done
-    on_row: Callable[[dict], None], # Told each row
+    journal: Journal, # Where what happens is written
     rates: dict[str, float], # Rates known so far
-    tried: list[dict], # Rows of their calibration
+    tried: list[dict], # Rows of trials that are complete
 ) -> tuple[dict[str, float], list[dict]]: # All rates, and all rows
     "Calibrate every method that has no rate yet, and write down what was tried."
-    rates, tried = dict(rates), list(tried)
-    left = [m for m in task.config.methods if m not in rates]
-    say('calibrating the learning rate of ' + ', '.join(left))
+    tried = [row for row in tried if row['state'] != 'lost']
+    done = [row for row in tried if row['method'] in rates]
+    for row in done: journal.on_row(row)
+    rates, left = dict(rates), [m for m in task.config.methods if m not in rates]
+    if left: journal.say('calibrating the learning rate of ' + ', '.join(left))
     for method in left:
-        rates[method], rows = calibrate(task, method, on_row)
-        tried += rows
-        say(f'{method}: learning rate {rates[method]:g}, chosen from ' + ', '.join(f"{r['lr']:g}" for r in rows))
-        if folder:
-            for row in rows: append_row(folder.calibration, row)
-            folder.write_settings(settings_to_write(task.config), rates)
-    return rates, tried
+        known = {row['lr']: row for row in tried if row['method'] == method}
+        rates[method], rows = calibrate(task, method, journal, known)
+        done += rows
+        grid = ', '.join(f"{r['lr']:g}" for r in rows)
+        journal.say(f'{method}: learning rate {rates[method]:g}, chosen from {grid}')
+        if not journal.folder: continue
+        journal.folder.settle_trials(method, rows)
+        journal.folder.write_settings(settings_to_write(task.config), rates)
+    return rates, done
 
 # %% ../../nbs/76_study.experiment.ipynb #86b19b7b
 def run_all(
     task: Task, # Data and settings
     rates: dict[str, float], # Learning rate by method
-    folder: RunFolder | None, # Where rows and weights are written, if anywhere
-    say: Callable[[str], None], # Told of divergences
-    on_row: Callable[[dict], None], # Told each row
-    contents: dict | None = None, # What the comparison is made from, for the keys of checkpoints
+    journal: Journal, # Where what happens is written
 ) -> tuple[list[dict], dict[tuple[str, int], State]]: # Rows, and final states that were not written
     "Every method on every seed; rows go to the folder as they are made, weights at the end of each run."
-    rows, weights = [], {}
+    rows, weights, folder = [], {}, journal.folder
     def keep(row):
         rows.append(row)
         if folder: append_row(folder.rounds, row)
-        on_row(row)
+        journal.on_row(row)
     for seed in seeds_of(task.config):
         for method in task.config.methods:
             kept = folder.checkpoints_of(method, seed) if folder else None
-            told = dict(on_row=keep, say=say)
-            state = run(task, method, seed, rates[method], **told, checkpoints=kept, contents=contents).state
+            told = dict(on_row=keep, say=journal.say, contents=journal.contents)
+            state = run(task, method, seed, rates[method], **told, checkpoints=kept).state
             if not folder: weights[method, seed] = state
             elif task.config.save_weights: folder.write_weights(method, seed, state)
     return rows, weights

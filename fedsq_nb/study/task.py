@@ -31,11 +31,11 @@ from ..data.partition import inner_dirichlet, label_skew, linear, lognormal, par
 from ..data.partition import shards, square
 from ..data.niid_bench import niid_bench
 from ..data.skew import feature_skew
-from ..gating.cache import GateCache, cache_key, gate_cache, plan, verdict
+from ..gating.cache import GateCache, cache_key, gate_cache, plan, storage_verdict
 from ..gating.dualcopy import DualCopy
-from ..server.privacy import PrivateFedAvg, epsilon
+from ..server.privacy import epsilon
 from .config import Config, settings_for
-from .methods import ServerContext, gated, method_of
+from .methods import known_values, method_of
 from .settings import PARTITIONS
 
 # %% ../../nbs/73_study.task.ipynb #b116269a
@@ -218,7 +218,7 @@ def storage(self: Task,
 ) -> str:
     "What storing gates will take, known before anything is built; the training part's is taken first."
     c, parts = self.config.gates, ('train', 'valid', 'test')
-    return verdict([plan(model.eval(), self.batches(part), c.cache_type) for part in parts], c.cache_bytes)
+    return storage_verdict([plan(model.eval(), self.batches(part), c.cache_type) for part in parts], c.cache_bytes)
 
 # %% ../../nbs/73_study.task.ipynb #5aafc84d
 def own_splits(
@@ -312,7 +312,7 @@ def check_task(
     images = 'image was' if skipped == 1 else 'images were'
     notes = [Note(NoteKind.SKIPPED, f'{skipped} unreadable {images} left out')] if skipped else []
     notes += fresh
-    needs_gates = any(method_of(m).parametrise is gated for m in c.methods)
+    needs_gates = any(method_of(m).gated for m in c.methods)
     if fresh and needs_gates: notes.append(Note(NoteKind.UNLEARNED, UNLEARNED))
     checked = [check_method(task, method) for method in c.methods]
     dual = [model for model, _ in checked if isinstance(model, DualCopy)]
@@ -344,14 +344,15 @@ def check_method(
 ) -> tuple[nn.Module, bool]: # Its model, and whether its mean is private
     "Make a method's model and have its server rule average a round of nothing."
     c, m, parts = task.config, method_of(method), task.parts(task.config.seed)
-    model = m.parametrise(task.network(c.seed), settings_for(c, method))
-    m.at_home(model)
-    context = ServerContext(c, 0.01, [len(p) for p in parts], c.seed)
-    inner = m.rule(context)
-    rule, zero, n = m.around(context, inner), {'w': torch.zeros(1)}, c.per_round or len(parts)
+    own = settings_for(c, method)
+    known = known_values(own.gates, own.algorithms, seed=c.seed, client_momentum=c.momentum, per_round=c.per_round,
+                         client_sizes=[len(p) for p in parts])
+    model = m.make_model(task.network(c.seed), **known)
+    m.local_names(model)
+    rule, zero, n = m.make_rule(**known), {'w': torch.zeros(1)}, c.per_round or len(parts)
     try: rule.step(zero, [Update(k, 1, zero, len(parts[k]), {'steps': 1}) for k in range(n)])
     except InputError as e: raise InputError(f'{method} cannot average the {n} clients of a round: {e}') from None
-    return model, isinstance(inner, PrivateFedAvg)
+    return model, m.private
 
 def privacy_promise(
     c: Config, # Its noise, delta, rounds and sampling
