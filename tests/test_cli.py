@@ -165,6 +165,78 @@ def test_no_network(argv, words, refused, monkeypatch, tmp_path_factory):
     (['--backbone', 'alexnet', '--weights', 'printed'], ("'printed'", "'alexnet'", "'random'"))])
 def test_bad_option(argv, words, refused): refused(argv, *words)
 
+@pytest.mark.parametrize('argv, words', [
+    (['--workers', '99999999999'], ('workers 99999999999', '256 or less')),
+    (['--threads', '99999999'], ('threads 99999999', '256 or less')),
+    (['--workers', '2', '--threads', '2'], ('workers 2', 'leave threads at 1')),
+    (['--clients', '4', '--min-clients', '99'], ('min_clients 99', '4 or less', 'void')),
+    (['--clients', '4', '--min-clients', '3', '--per-round', '2'], ('min_clients 3', '2 or less', 'take part in a round')),
+    (['--clients', '8', '--min-clients', '5', '--fraction', '0.5'], ('min_clients 5', '4 or less')),
+    (['--methods', 'fedavg,fedsq', '--plain-sites', 'nosuch*'], ("plain_sites 'nosuch*'", 'no site', 'blocks_0_relu')),
+    (['--methods', 'fedsq', '--plain-sites', 'stem_2, nosuch'], ("plain_sites 'nosuch'", 'no site')),
+    (['--methods', 'topk', '--compress', 'int8'], ("compress 'int8'", "'topk:0.05'", 'compressed once')),
+    (['--methods', 'fedavg,fedprox+fp16', '--compress', 'topk:0.1'], ("compress 'topk:0.1'", 'fedprox+fp16')),
+    (['--dp-delta', '2'], ('dp_delta 2.0', 'between 0 and 1')),
+    (['--momentum', '1.5'], ('momentum 1.5', 'below 1')),
+    (['--server-momentum', '1'], ('server_momentum 1.0', 'below 1')),
+    (['--trim', '0.5'], ('trim 0.5', 'below 0.5')),
+    (['--scaffold-option', '3'], ('scaffold_option 3', '2 or less')),
+    (['--crop', '999999999'], ('crop 999999999', '4,096 or less')),
+    (['--crop', '12'], ('crop 12', 'below the size of the images, which is 12')),
+    (['--freeze', 'stem,blocks,fc'], ("freeze 'stem,blocks,fc'", 'nothing to train', 'leave at least one layer free')),
+    (['--views', '99999999', '--flip'], ('views 99999999', '1,000 or less')),
+    (['--seeds', '99999999'], ('seeds 99999999', '1,000 or less')),
+    (['--seed', '9'*30], ('seed 999', '9,007,199,254,740,992 or less')),
+    (['--local-epochs', '9'*12], ('local_epochs 999999999999', '10,000 or less')),
+    (['--rounds', '9'*12], ('rounds 999999999999', '1,000,000 or less')),
+    (['--rounds', '9'*5000], ("rounds '999", '5002 characters', 'whole number')),
+    (['--rounds', '-' + '9'*5000], ("rounds '-999", '5003 characters', 'whole number')),
+    (['--data', '~nobody-of-that-name/x'], ("data '~nobody-of-that-name/x'", 'whole path')),
+    (['--weights', '~nobody-of-that-name/x'], ("weights '~nobody-of-that-name/x'", 'whole path')),
+    (['--cache', '~nobody-of-that-name/x', '--methods', 'fedsq'], ("cache '~nobody-of-that-name/x'", 'whole path')),
+    (['--config', '~nobody-of-that-name/x'], ("config '~nobody-of-that-name/x'", 'whole path')),
+    (['--data', '/dev/zero'], ('/dev/zero', 'device', 'give a file or a folder')),
+    (['--weights', '/dev/zero'], ('/dev/zero',)),
+    (['--config', '/dev/zero'], ('/dev/zero', 'device', 'give a file')),
+    (['--path-column', 'picture'], ("path_column 'picture'", '.csv'))])
+def test_every_bound_is_said_before_anything_is_written(argv, words, refused): refused(argv, *words)
+
+@pytest.mark.parametrize('name, why', [('a\0b', 'NUL'), ('a\udcffb', 'UTF-8'), ('~nobody-of-that-name/x', 'whole path')])
+@pytest.mark.parametrize('option', ['out', 'cache', 'data', 'weights', 'config'])
+def test_names_that_no_file_can_have(option, name, why, refused): refused([f'--{option}={name}'], option, why, repr(name))
+
+def test_a_cache_folder_is_looked_at_before_anything_is_written(refused, tmp_path):
+    (tmp_path/'file').write_text('')
+    refused(['--methods', 'fedsq', '--cache', tmp_path/'file'], tmp_path/'file', 'cannot be used', 'memory')
+    refused(['--methods', 'fedsq', '--cache', tmp_path/'file'/'deeper'], tmp_path/'file', 'cannot be used', 'memory')
+
+@pytest.mark.parametrize('text, words', [
+    ('rounds = ' + '9'*5000, ('c.toml', 'not TOML', 'too many digits')),
+    ('x = ' + '['*100_000, ('c.toml', 'nested too deeply')),
+    ('x = 1 # ' + ' '*2**20, ('c.toml', 'too long', '1,048,576 bytes')),
+    ('out = "a\\u0000b"', ('out', 'NUL')), ('running = 3', ("'running'", 'c.toml'))], ids=['digits', 'deep', 'long', 'nul', 'group'])
+def test_toml_that_is_a_trap(text, words, fedsq, tmp_path):
+    (tmp_path/'c.toml').write_text(text)
+    status, printed, err = fedsq('compare', '--config', tmp_path/'c.toml')
+    assert status == 2 and printed == '' and err.count('\n') == 1, err
+    assert all(word in err for word in words) and [p.name for p in tmp_path.iterdir()] == ['c.toml']
+
+def test_a_decompression_bomb_is_not_decoded(refused, fedsq, tmp_path):
+    "20 kB that are 507 MB once they are unpacked: refused by its header, whatever Pillow's own limit is, and counted with --skip-bad."
+    data = pictures(tmp_path/'d')
+    Image.new('L', (13_000, 13_000)).save(data/'a'/'0.png')
+    assert (data/'a'/'0.png').stat().st_size < 300_000
+    refused(['--data', data], data/'a'/'0.png', '13000 x 13000', '100,000,000 pixels', '--max-pixels', '--skip-bad')
+    refused(['--data', data, '--max-pixels', '100'], '14', 'more than 100 pixels')
+    status, _, err = fedsq('compare', *QUICK, *SMALL, '--data', data, '--skip-bad', '--out', tmp_path/'out')
+    assert status == 0 and '1 unreadable image' in err
+
+def test_a_zip_with_something_before_it(refused, tmp_path):
+    good = npz(tmp_path/'good.npz', x=x, y=y)
+    bad = tmp_path/'bad.npz'
+    bad.write_bytes(b'#!/bin/sh\n' + good.read_bytes())
+    refused(['--data', bad], bad, 'something before it', 'np.savez')
+
 @pytest.mark.parametrize('text, words', [
     ('aplha = 1', ("'aplha'", "'alpha'", 'c.toml')),
     ('[training]\nalpha = 1', ("'training'", 'c.toml')),
