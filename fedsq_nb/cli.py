@@ -344,9 +344,9 @@ def run_report(
     from fedsq_nb.core import check_name
     from fedsq_nb.study.summary import missing
     from fedsq_nb.study.report import report
-    from fedsq_nb.study.folder import check_whole, read_rows
+    from fedsq_nb.study.folder import check_files, read_rows
     rows = read_rows(args.folder)
-    check_whole(args.folder)
+    check_files(args.folder)
     baseline = check_name(args.baseline, rows.method.unique(), 'baseline') if args.baseline else rows.method.iloc[0]
     page = report(args.folder, baseline=baseline)
     show(rows, baseline, args.json)
