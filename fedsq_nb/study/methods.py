@@ -180,6 +180,7 @@ def fixed_gates(
 ) -> DualCopy:
     "FedSQ's parametrisation."
     options = dict(pool=pool, excite=excite, attention=attention, norm=norm, unknown=unknown)
+    options['certify'] = False  # that is done once, before the runs
     own = [plain_sites] if plain_sites else []
     if gated_sites != 'all': own += ungated_half(DualCopy(model, **options), gated_sites)
     plain = ','.join(own)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOW_TO_READ', 'UNLEARNED', 'make_partition', 'natural_owners', 'processors', 'resolve', 'NoteKind', 'Note',
            'ordered_batches', 'part_gates', 'Task', 'own_splits', 'own_model', 'own_format', 'named_after', 'load_task',
-           'with_natural_clients', 'fresh_model', 'check_task', 'check_gates', 'seeds_of', 'check_method',
+           'with_natural_clients', 'fresh_model', 'check_task', 'check_gates', 'certified', 'seeds_of', 'check_method',
            'privacy_promise', 'partition_card']
 
 # %% ../../nbs/73_study.task.ipynb #9272bce6
@@ -110,6 +110,7 @@ class NoteKind(str, enum.Enum):
     UNLEARNED = 'unlearned' # Gates of such layers
     STORAGE = 'storage' # Which gates are stored
     PRIVACY = 'privacy' # What a private run promises
+    CERTIFIED = 'certified' # What was checked of a copy
 
 @dataclasses.dataclass(frozen=True)
 class Note:
@@ -361,6 +362,8 @@ def check_task(
     checked = [check_method(task, method) for method in c.methods]
     dual = [model for model, _ in checked if isinstance(model, DualCopy)]
     if dual and c.cache != 'off': notes.append(Note(NoteKind.STORAGE, task.storage(dual[0])))
+    for method, (model, _) in zip(c.methods, checked):
+        if isinstance(model, DualCopy): notes.append(Note(NoteKind.CERTIFIED, f'{method}: {certified(task, model)}'))
     if any(private for _, private in checked): notes.append(Note(NoteKind.PRIVACY, privacy_promise(c)))
     return notes
 
@@ -380,6 +383,15 @@ def check_gates(
         raise InputError(f'plain_sites {pattern!r} matches no site of the network, which are {sites}')
 
 # %% ../../nbs/73_study.task.ipynb #bb6ab4c7
+def certified(
+    task: Task, # As loaded
+    model: DualCopy, # A method's network
+) -> str: # One line
+    "Check on two training images that a network is FedSQ of its original. Raises `CertificateError` if it is not."
+    images = Batches(task.splits.train, task.form, batch_size=2)
+    first = torch.arange(min(2, len(images.labels)), device=images.images.device)
+    return model.certify(images.show(first)).summary()
+
 def seeds_of(
     config: Config, # Its `seed` and `seeds`
 ) -> range:
