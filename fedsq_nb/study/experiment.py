@@ -33,6 +33,7 @@ from ..gating.cache import GateCache
 from ..gating.dualcopy import DualCopy
 from ..server.aggregate import FedAvg
 from ..server.optimizers import with_control
+from ..server.privacy import private_part, with_releases
 from .calibrate import choose_rate, trial, trial_seeds, undisturbed
 from .config import Config, as_toml, fixed_rates, read_toml, run_settings, settings_for
 from .folder import RunFolder, append_row, check_same_partition, check_same_settings, claim, holds_run
@@ -109,7 +110,8 @@ def make_federation(
         own = trained_copy(p.model).state_dict(keep_vars=True)
         state = with_control(state, [n for n in state if own[n].requires_grad])
     if p.compress: settings['decode'] = functools.partial(decode, kind=parse_kind(p.compress))
-    return Federation(state, len(p.train.parts), p.train, measure=p.measure, inspect=p.inspect, rule=rule,
+    inspect = with_releases(p.inspect, rule)
+    return Federation(state, len(p.train.parts), p.train, measure=p.measure, inspect=inspect, rule=rule,
                       first_contact_bytes=serialised_bytes(constant_state(p.model)), **settings)
 
 # %% ../../nbs/76_study.experiment.ipynb #6090f68d
@@ -298,8 +300,11 @@ def keep_checkpoints(
 ) -> None:
     "Go on where the newest checkpoint stands, and write one after every so many rounds."
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    private = private_part(fed.rule)
+    if private: private.replayed = every
     if fed.restore(folder, key, say):
         for row in fed.rows: fed.listeners.on_row(row)
+        if private: fed.save(folder, key)  # its count of noisy models must outlast another stop
     fed.listeners.on_round = lambda: fed.save(folder, key) if (len(fed.rows) - 1) % every == 0 else None
 
 # %% ../../nbs/76_study.experiment.ipynb #bce52fbe

@@ -308,6 +308,7 @@ class MethodSettings(ClientMethodSettings):
     clip: float = setting(0., "Clipped mean: longest change; 0: the round's median", at_least=0)
     dp_clip: float = setting(1., 'Private mean: longest change', above=0)
     dp_noise: float = setting(0.1, 'Private mean: noise multiplier', at_least=0)
+    dp_seeded_noise: bool = setting(False, 'Private mean: noise from the seed, for tests; it then promises nothing')
     dp_delta: float = setting(1e-5, 'Private mean: delta of the promise that is reported', above=0, below=1)
     accountant: str = setting('rdp', 'Private mean: how the promise is computed, rdp or pld, which is tighter',
                               choices=('rdp', 'pld'))

@@ -33,7 +33,7 @@ from ..gating.cache import GateCache, cache_key, gate_cache, plan, storage_verdi
 from ..gating.cache import check_cache_folder
 from ..gating.dualcopy import DualCopy
 from ..gating.graph import matches, sites_of, trace
-from ..server.privacy import epsilon
+from ..server.privacy import TEST_MODE, promise
 from .config import Config, check_participants, participants, settings_for
 from .methods import call_named, known_values, method_of
 from .settings import PARTITIONS
@@ -419,14 +419,13 @@ def check_method(
 
 def privacy_promise(
     c: Config, # Its noise, delta, rounds and sampling
+    repeated: int = 0, # Releases beyond the rounds: rounds that were played again after a stop
 ) -> str:
-    "What a private run promises each client."
+    "What a private run promises each client, or that it promises nothing."
     a = c.algorithms
-    participation = (c.per_round or c.clients) / c.clients
-    try: e = epsilon(a.dp_noise, c.rounds, participation, a.dp_delta, a.accountant)
-    except InputError as error: return f'private: {error}'
-    return (f'private: each run is ({e:.3g}, {a.dp_delta:g})-differentially private for each client, '
-            f'the calibration and what is measured apart; noise {a.dp_noise:g}, {c.rounds} rounds')
+    training = a.dp_noise, c.rounds, (c.per_round or c.clients) / c.clients, a.dp_delta, a.accountant
+    try: return promise(*training, seeded=a.dp_seeded_noise, repeated=repeated)
+    except InputError as error: return f'private: {TEST_MODE}; {error}' if a.dp_seeded_noise else f'private: {error}'
 
 # %% ../../nbs/73_study.task.ipynb #89a0be05
 def partition_card(
