@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLOPE_AT_ZERO', 'DECISIONS', 'PART_DECISIONS', 'AFFINE_BASIC', 'SHAPE_ONLY', 'FACTORS', 'DIVISORS', 'TORCH',
            'named_arguments', 'base_name', 'Decision', 'open_side', 'as_decided', 'its_result', 'constant',
-           'multiplied', 'ratio', 'clamp_bounds', 'clamp_regime', 'clamp_piece', 'leaky_piece', 'tangent', 'on_tangent',
+           'multiplied', 'ratio', 'clamp_limits', 'clamp_regime', 'clamp_piece', 'leaky_piece', 'tangent', 'on_tangent',
            'read_place', 'chosen_place', 'over_last', 'layer_spread', 'layer_value', 'group_value', 'instance_spread',
            'instance_value', 'Mark', 'Place', 'Declared', 'CertificateError', 'user_lines', 'Names', 'Watch',
            'watched_modules', 'plain_kernels', 'run_original', 'neutral_mask', 'Neutral']
@@ -77,7 +77,7 @@ def ratio(
 SLOPE_AT_ZERO = {'silu': 0.5, 'gelu': 0.5, 'hardswish': 0.5, 'mish': math.tanh(math.log(2))}
 
 # %% ../../nbs/33_gating.definition.ipynb #5e594f7c
-def clamp_bounds(a: dict) -> tuple[float, float]:
+def clamp_limits(a: dict) -> tuple[float, float]:
     "The bounds of a clamp in any of its forms."
     low, high = a.get('min_val', a.get('min')), a.get('max_val', a.get('max'))
     if low is None: low = -math.inf
@@ -86,13 +86,13 @@ def clamp_bounds(a: dict) -> tuple[float, float]:
 # %% ../../nbs/33_gating.definition.ipynb #583f4c69
 def clamp_regime(a: dict, out: Tensor) -> Tensor: # 0 below, 1 between, 2 above
     "Which piece of a clamp the input is on."
-    low, high = clamp_bounds(a)
+    low, high = clamp_limits(a)
     return (a['self'] > low).long() + (a['self'] >= high).long()
 
 # %% ../../nbs/33_gating.definition.ipynb #73331867
 def clamp_piece(a: dict, fixed: Tensor) -> Tensor:
     "The value in the middle piece, the bounds in the outer ones."
-    low, high = clamp_bounds(a)
+    low, high = clamp_limits(a)
     return torch.where(fixed == 1, a['self'], torch.where(fixed == 0, low, high).to(a['self'].dtype))
 
 # %% ../../nbs/33_gating.definition.ipynb #b895aa1f
