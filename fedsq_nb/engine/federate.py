@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['sample_clients', 'absent_clients', 'described', 'answer_fault', 'answer_kind', 'opened', 'unanswered', 'Diverged',
            'RoundVoid', 'void_reason', 'plain_value', 'json_ready', 'not_measured', 'Sampling', 'Limits', 'Listeners',
-           'Renewal', 'Memory', 'checked_state', 'Federation', 'message_bytes', 'plain_numbers', 'rule_fault',
-           'drift_and_loss', 'without_control', 'row_without_results', 'too_few', 'row_of_clients', 'note_rule',
-           'put_back', 'checkpoint_checksum', 'bytes_tensor', 'checkpoint_files', 'read_tensors', 'parts_of',
-           'read_checkpoint']
+           'Renewal', 'Memory', 'checked_state', 'Federation', 'message_bytes', 'takes_seed', 'plain_numbers',
+           'rule_fault', 'drift_and_loss', 'without_control', 'row_without_results', 'too_few', 'row_of_clients',
+           'note_rule', 'put_back', 'checkpoint_checksum', 'bytes_tensor', 'checkpoint_files', 'read_tensors',
+           'parts_of', 'read_checkpoint']
 
 # %% ../../nbs/62_engine.federate.ipynb #1f94566e
 import copy, dataclasses, hashlib, json, math, os, time
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -277,6 +278,13 @@ def message_bytes(
     try: return serialised_bytes(answer.state) if isinstance(answer, Update) and not form_fault(answer) else 0
     except Exception: return 0
 
+# %% ../../nbs/62_engine.federate.ipynb #efd6a9e4
+def takes_seed(
+    execute: Callable, # Runs the local trainings of a round
+) -> bool:
+    "Does this executor ask for the run's seed, which names the global random streams of clients?"
+    return 'seed' in signature(execute).parameters
+
 # %% ../../nbs/62_engine.federate.ipynb #8511855d
 @patch
 def answers(self: Federation,
@@ -285,7 +293,8 @@ def answers(self: Federation,
 ) -> tuple[list[Update], list[Failure], int]: # Updates of good form, the others by client, and the bytes that arrived
     "Have the clients trained."
     updates, failures, arrived, answered = [], [], 0, set()
-    for asked, answer in self.execute(self.train, own_state(self.state), clients, round):
+    seed = {'seed': self.seed} if takes_seed(self.execute) else {}
+    for asked, answer in self.execute(self.train, own_state(self.state), clients, round, **seed):
         asked = int(asked) if whole_number(asked) else -1
         answered.add(asked)
         arrived += message_bytes(answer)

@@ -6,10 +6,10 @@
 __all__ = ['Slot', 'slot_of', 'slots_of', 'row_bytes', 'pack_site', 'check_range', 'pack', 'unpack_bits', 'unpack_site',
            'in_shape', 'unpack', 'Plan', 'plan', 'memory_order', 'cache_key', 'array_hash', 'layer_settings', 'wiring',
            'GateCache', 'packed_rows', 'cache_in_memory', 'write_cache', 'open_cache', 'checksum', 'mapped_cache',
-           'storage_verdict', 'gate_cache']
+           'storage_verdict', 'check_cache_folder', 'gate_cache']
 
 # %% ../../nbs/38_gating.cache.ipynb #9f63c9dd
-import hashlib, json, math, os, struct
+import errno, hashlib, json, math, os, struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -383,6 +383,22 @@ def storage_verdict(
         told.append(f'gates are computed for each batch: {why}')
     if kept: told.insert(0, 'gate cache: ' + ', '.join(kept))
     return '; '.join(told)
+
+# %% ../../nbs/38_gating.cache.ipynb #ef6dc97f
+def check_cache_folder(
+    folder: str | os.PathLike, # Where files are to be kept
+) -> None:
+    "Raise `InputError` when `folder` is no folder, or neither it nor what is above it can be written to."
+    try:
+        top = next(p for p in [Path(folder), *Path(folder).absolute().parents] if os.path.lexists(p))
+        as_who = {'effective_ids': os.access in os.supports_effective_ids}
+        if not top.is_dir(): why = errno.ENOTDIR
+        elif not os.access(top, os.W_OK | os.X_OK, **as_who): why = errno.EACCES
+        else: why = errno.ENAMETOOLONG if len(os.fsencode(Path(folder).name)) > 255 else 0
+    except OSError as e: why = e.errno
+    if not why: return
+    raise InputError(f'gate cache folder {str(folder)!r} cannot be used: {os.strerror(why)}; '
+                     "give another one, or cache='memory'")
 
 # %% ../../nbs/38_gating.cache.ipynb #95b5a4ae
 def gate_cache(
