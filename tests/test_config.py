@@ -38,7 +38,7 @@ def test_a_value_beyond_a_bound_is_refused_by_name_value_and_rule(name, limits):
     beyond = []
     if limits.at_least is not None: beyond.append(limits.at_least - step)
     if limits.above is not None: beyond.append(limits.above)
-    if limits.at_most is not None: beyond.append(limits.at_most + step)
+    if limits.at_most is not None: beyond.append(limits.at_most + (step if whole else max(step, limits.at_most*step)))
     if limits.below is not None: beyond.append(limits.below)
     if not whole: beyond += [math.nan, math.inf, -math.inf]
     assert beyond
