@@ -207,7 +207,7 @@ def test_every_bound_is_said_before_anything_is_written(argv, words, refused): r
 
 @pytest.mark.parametrize('name, why', [('a\0b', 'NUL'), ('a\udcffb', 'UTF-8'), ('a'*256, 'too long'), ('a/'*3000, 'too long'), ('~nobody-of-that-name/x', 'whole path')])
 @pytest.mark.parametrize('option', ['out', 'cache', 'data', 'weights', 'config'])
-def test_names_that_no_file_can_have(option, name, why, refused): refused([f'--{option}={name}'], option, why, shown(name))
+def test_names_that_no_file_can_have(option, name, why, refused): refused([f'--{option}={name}'], option, why, value_text(name))
 
 def test_a_cache_folder_is_looked_at_before_anything_is_written(refused, tmp_path):
     (tmp_path/'file').write_text('')
