@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PARSERS', 'SUMMARIES', 'COMMANDS', 'OneLineParser', 'option_of', 'add_setting', 'add_settings', 'HelpAll',
            'compare_parser', 'report_parser', 'bench_parser', 'methods_parser', 'top_parser', 'parse', 'unknown',
-           'tell', 'stored_settings', 'config_of', 'ErrorBar', 'Progress', 'row_text', 'left_out_text', 'fingerprint',
-           'show', 'error_text', 'can_resume', 'resume_command', 'stopped_text', 'run_compare', 'run_report',
-           'run_methods', 'named', 'bench_weights', 'bench_rows', 'run_bench', 'status_of', 'main']
+           'readable', 'tell', 'stored_settings', 'config_of', 'Pace', 'ErrorBar', 'Progress', 'row_text',
+           'left_out_text', 'fingerprint', 'origin_line', 'show', 'error_text', 'resume_command', 'report_command',
+           'stopped_text', 'attempted', 'close_output', 'present', 'run_compare', 'run_report', 'run_methods', 'named',
+           'bench_weights', 'bench_rows', 'run_bench', 'status_of', 'main']
 
 # %% ../nbs/90_cli.ipynb #b8084ae1
-import argparse, hashlib, json, shlex, sys, time
-from collections.abc import Sequence
+import argparse, contextlib, hashlib, json, os, shlex, sys, time
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -27,6 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
         from fedsq_nb.core import InputError
         raise InputError(f'{message} (see {self.prog} --help)')
 
+# %% ../nbs/90_cli.ipynb #6a83789a
 def option_of(
     name: str, # A setting: 'per_round'
 ) -> str: # '--per-round'
@@ -47,6 +50,7 @@ def add_setting(
     if field.type is bool: section.add_argument(option_of(name), action=argparse.BooleanOptionalAction, **facts)
     else: section.add_argument(option_of(name), metavar='X', **facts)
 
+# %% ../nbs/90_cli.ipynb #4d02c30f
 def add_settings(
     parser: argparse.ArgumentParser, # Of `fedsq compare`
     everything: bool, # Show all options in the help, or the common ones?
@@ -68,6 +72,7 @@ class HelpAll(argparse.Action):
         print(compare_parser(everything=True).format_help(), end='')
         parser.exit(0)
 
+# %% ../nbs/90_cli.ipynb #5ca9f1ea
 def compare_parser(
     everything: bool = False, # Show all options in the help, or the common ones?
 ) -> argparse.ArgumentParser:
@@ -81,6 +86,7 @@ def compare_parser(
     add_settings(parser, everything)
     return parser
 
+# %% ../nbs/90_cli.ipynb #d71718a7
 def report_parser() -> argparse.ArgumentParser:
     "The options of `fedsq report`."
     text = 'Read the rows of a run, finished or not; print its table and write report.html.'
@@ -111,6 +117,7 @@ def bench_parser() -> argparse.ArgumentParser:
     parser.add_argument('--json', action='store_true', help='print the rows as JSON')
     return parser
 
+# %% ../nbs/90_cli.ipynb #46211b20
 def methods_parser() -> argparse.ArgumentParser:
     "The options of `fedsq methods`."
     text = 'List the table of methods, with their sources.'
@@ -147,10 +154,11 @@ def parse(
     if argv[0] not in PARSERS: unknown(argv[0], [*PARSERS], 'command')
     parser = PARSERS[argv[0]]()
     args, extra = parser.parse_known_args(argv[1:])
-    valid = [option for action in parser._actions for option in action.option_strings]
+    valid = list(chain.from_iterable(action.option_strings for action in parser._actions))
     if extra: unknown(extra[0].split('=')[0], valid, 'option')
     return argparse.Namespace(command=argv[0], **vars(args))
 
+# %% ../nbs/90_cli.ipynb #c973ab7f
 def unknown(
     name: str, # What was written
     valid: Sequence[str], # What there is
@@ -161,12 +169,27 @@ def unknown(
     check_name(name, valid, what)
 
 # %% ../nbs/90_cli.ipynb #2edf54ef
+def readable(
+    text: str, # Lines
+    stream: object, # Where they are to be written
+) -> str: # What the stream can write, and a terminal only shows
+    "`text` with codes in place of characters that cannot be seen, or that the stream's encoding does not have."
+    if text.isascii() and text.replace('\n', '').isprintable(): return text
+    from fedsq_nb.study.tables import CUT, visible
+    encoding = getattr(stream, 'encoding', None) or 'utf-8'
+    seen = '\n'.join(map(visible, text.split('\n')))
+    if CUT.encode(encoding, 'replace') == b'?': seen = seen.replace(CUT, '+')
+    return seen.encode(encoding, 'backslashreplace').decode(encoding)
+
+# %% ../nbs/90_cli.ipynb #9dc7f509
 def tell(
     note: str, # One line or more
 ) -> None:
     "Say something on standard error."
-    sys.stderr.write(note + '\n')
+    sys.stderr.write(readable(note, sys.stderr) + '\n')
+    sys.stderr.flush()
 
+# %% ../nbs/90_cli.ipynb #9815ee8e
 def stored_settings(
     given: dict, # Settings of the command line
     file: str | None, # What --config named
@@ -174,14 +197,15 @@ def stored_settings(
     "The settings of the run that is resumed, or of the file. Raises `InputError` when there is nothing to resume."
     from fedsq_nb.core import InputError
     from fedsq_nb.study.config import read_toml
+    from fedsq_nb.study.folder import RunFolder, holds_run
     out = given.get('out', '')
-    stored = Path(out)/'config.toml'
     if given.get('resume'):
-        if out and stored.is_file(): return read_toml(stored, tell)
+        if out and holds_run(out): return read_toml(RunFolder(Path(out)).settings, tell)
         if not set(given) - {'resume', 'out'} and not file:
             raise InputError(f'resume: there is no run in {out!r}: give the folder that --out named')
     return read_toml(file, tell) if file else {}
 
+# %% ../nbs/90_cli.ipynb #ed3d6913
 def config_of(
     args: argparse.Namespace, # From `parse`
 ) -> 'Config': # With a folder for the results
@@ -198,23 +222,41 @@ def config_of(
     name = f"{Path(config.data).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return config.replace(out=str(Path('runs')/name))
 
-# %% ../nbs/90_cli.ipynb #735ac3bb
+# %% ../nbs/90_cli.ipynb #c8e12ced
+class Pace:
+    "How long a step takes, judged by those that were played just now."
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.last, self.seconds, self.steps = clock, clock(), 0., 0
+
+    def step(self, row: dict) -> None: # A row that has just come
+        waited, self.last = self.clock() - self.last, self.clock()
+        if waited < 0.9*row.get('seconds', 0.1): return
+        self.seconds, self.steps = self.seconds + waited, self.steps + 1
+
+    def left(self, steps: int) -> float | None: # Seconds that so many steps will take; None: not known yet
+        return self.seconds/self.steps*steps if self.steps else None
+
+# %% ../nbs/90_cli.ipynb #d10e79f8
 class ErrorBar(ProgressBar):
     "fastprogress's bar, drawn on standard error."
     def on_update(self, val, text: str):
-        sys.stderr.write(f'\r\033[K{text}')
+        sys.stderr.write(f'\r\033[K{readable(text, sys.stderr)}')
         sys.stderr.flush()
 
+# %% ../nbs/90_cli.ipynb #89621d5b
 class Progress:
     "Listens to the rows of a comparison and shows how far it is."
-    def __init__(self, config: 'Config'):
-        self.rounds, n = config.rounds, config.seeds * len(config.methods) * config.rounds
-        self.bar = ErrorBar(range(n), total=n) if sys.stderr.isatty() else None
-        self.done = 0
+    def __init__(self, config: 'Config', clock: Callable[[], float] = time.monotonic):
+        from fedsq_nb.study.experiment import planned_rounds
+        self.rounds, self.rates, self.pace = config.rounds, len(config.rates), Pace(clock)
+        plan = planned_rounds(config)
+        self.trial_rounds, self.total = plan['trial'], plan['calibration'] + plan['runs']
+        self.bar = ErrorBar(range(self.total), total=self.total) if sys.stderr.isatty() else None
+        self.done, self.within, self.tried = 0, 0, {}
 
     def say(self, message: str) -> None: # A message on a line of its own
-        sys.stderr.write(('\r\033[K' if self.bar else '') + message + '\n')
-        sys.stderr.flush()
+        if self.bar: sys.stderr.write('\r\033[K')
+        tell(message)
 
 # %% ../nbs/90_cli.ipynb #8a535c2a
 def row_text(
@@ -227,6 +269,7 @@ def row_text(
     if 'seed' not in row: return f"  {row['method']}, learning rate {row['lr']:g}: {value}"
     return f"{row['method']}, seed {row['seed']}, round {row['round']}/{rounds}: {value} on validation"
 
+# %% ../nbs/90_cli.ipynb #531394c8
 def left_out_text(
     row: dict, # A row of a run
 ) -> list[str]: # One line for each client that is left out
@@ -240,27 +283,53 @@ def row(self: Progress,
     row: dict, # A row of the calibration or of a run
 ) -> None:
     "Count a row, and show it."
-    text = row_text(row, self.rounds)
-    if 'seed' not in row: return self.say(text)
+    if 'seed' not in row: return self.trial(row)
+    self.pace.step(row)
     if row['round'] == 0: return
     ended = row['round'] == self.rounds or row['state'] == 'diverged'
     self.done += 1 + (self.rounds - row['round'] if ended else 0)
     if row['clients_failed'] and row['clients_ok']:
         for line in left_out_text(row): self.say(line)
+    text = row_text(row, self.rounds)
     if self.bar: self.draw(text)
     elif ended: self.say(text)
 
+# %% ../nbs/90_cli.ipynb #606c7de0
+@patch
+def trial(self: Progress,
+    row: dict, # A row of the calibration: one rate
+) -> None:
+    "Count what is left of a trial that is complete, and say what it found."
+    self.tried[row['method']] = self.tried.get(row['method'], 0) + 1
+    if self.tried[row['method']] > self.rates: self.total += self.trial_rounds
+    self.done, self.within = self.done + self.trial_rounds - self.within, 0
+    self.say(row_text(row, self.rounds))
+    if self.bar: self.draw(row_text(row, self.rounds).strip())
+
+# %% ../nbs/90_cli.ipynb #088fa3c2
+@patch
+def trial_row(self: Progress,
+    row: dict, # A round of a run within the calibration
+) -> None:
+    "Count a round of the calibration."
+    self.pace.step(row)
+    if row['round'] == 0 or self.within == self.trial_rounds: return
+    self.done, self.within = self.done + 1, self.within + 1
+    if self.bar: self.draw(f"{row['method']}, learning rate {row['lr']:g}")
+
+# %% ../nbs/90_cli.ipynb #968233d9
 @patch
 def draw(self: Progress,
     text: str, # What stands beside the bar
 ) -> None:
-    "Move the bar to what is done."
+    "Move the bar to what is done, with the time that is left."
     if not hasattr(self.bar, 'start_t'):
         self.bar.on_iter_begin()
         self.bar.update(0)
-    self.bar.comment = text
-    self.bar.wait_for = 0
-    self.bar.update(self.done)
+    self.bar.comment, self.bar.total, self.bar.last_t = text, self.total, time.time()
+    left = self.pace.left(self.total - self.done)
+    self.bar.pred_t = None if left is None else self.bar.last_t - self.bar.start_t + left
+    self.bar.update_bar(self.done)
 
 # %% ../nbs/90_cli.ipynb #67317e48
 def fingerprint(
@@ -271,17 +340,31 @@ def fingerprint(
     values = last[['method', 'seed', 'weights']].astype(str).values.tolist()
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
+# %% ../nbs/90_cli.ipynb #f7606544
+def origin_line(
+    folder: Path, # A run folder
+) -> str: # 'Made from: images 0f1e..., torch ..., threads 1, ...'
+    "What the run was made from; a file that is damaged is named and stops nothing."
+    from fedsq_nb.core import InputError
+    from fedsq_nb.study.folder import read_origin
+    from fedsq_nb.study.tables import origin_text
+    try: return f'Made from: {origin_text(read_origin(folder))}'
+    except InputError as e: return f'Made from: {e}'
+
+# %% ../nbs/90_cli.ipynb #18f7055f
 def show(
     rows: 'DataFrame', # Rows of a run
     baseline: str, # Method that the others are compared with
+    folder: Path, # The run's folder
     as_json: bool, # The table as JSON, and nothing else
 ) -> None:
     "Print the results on standard output."
-    from fedsq_nb.study.tables import headline, notes, table, text_table
     from fedsq_nb.study.summary import records
-    if as_json: return print(json.dumps(records(rows, baseline), indent=1))
-    lines = [text_table(table(rows, baseline)), '', headline(rows, baseline), *notes(rows)]
-    print(*lines, f'Final weights: {fingerprint(rows)}', sep='\n')
+    from fedsq_nb.study.tables import headline, notes, table, text_table
+    if as_json: text = json.dumps(records(rows, baseline), indent=1)
+    else: text = '\n'.join([text_table(table(rows, baseline)), '', headline(rows, baseline), *notes(rows),
+                            origin_line(folder), f'Final weights: {fingerprint(rows)}'])
+    print(readable(text, sys.stdout), flush=True)
 
 # %% ../nbs/90_cli.ipynb #1d30ff85
 def error_text(
@@ -291,29 +374,69 @@ def error_text(
     if not isinstance(e, OSError): return str(e)
     return f'{e.strerror or e}: {e.filename}' if e.filename else str(e.strerror or e)
 
-def can_resume(
-    folder: Path, # Folder of a run
-) -> bool:
-    "Is there a run in `folder` that can be gone on with?"
-    try: return (folder/'checkpoints').is_dir()
-    except OSError: return True  # it cannot be looked into any more
-
+# %% ../nbs/90_cli.ipynb #5d1f76f2
 def resume_command(
     out: str, # Folder of a run
 ) -> str:
     "The command that goes on with a run."
     return f'fedsq compare --resume --out {shlex.quote(out)}'
 
+# %% ../nbs/90_cli.ipynb #21417ce9
+def report_command(
+    folder: str | os.PathLike, # Folder of a run
+) -> str:
+    "The command that makes the page of a run."
+    return f'fedsq report {shlex.quote(str(folder))}'
+
+# %% ../nbs/90_cli.ipynb #82e37c68
 def stopped_text(
     out: str, # Folder of a run
 ) -> str: # One line
     "What to do after Ctrl-C."
+    from fedsq_nb.study.folder import RunFolder, is_begun
     text = 'stopped'
-    if (Path(out)/'rounds.jsonl').exists():
-        text += f'; the rows so far are in {out}, and "fedsq report {out}" makes a page of them'
-    return text + (f'; go on with: {resume_command(out)}' if can_resume(Path(out)) else '')
+    if RunFolder(Path(out)).rounds.exists():
+        text += f'; the rows so far are in {out}, and "{report_command(out)}" makes a page of them'
+    return text + (f'; go on with: {resume_command(out)}' if is_begun(out) else '')
 
 # %% ../nbs/90_cli.ipynb #f416f68c
+def attempted(
+    what: str, # 'the page could not be made'
+    step: Callable[[], object], # What comes after the results
+    folder: Path, # Where these are
+) -> object | None: # What the step returns; None: it failed
+    "Take a step that may fail without a loss, and say in one line how to take it again."
+    try: return step()
+    except Exception as e:
+        why = error_text(e) if isinstance(e, OSError) else f'{type(e).__name__}: {e}'
+        with contextlib.suppress(OSError):
+            tell(f'fedsq: {what} ({why}); all results are in {folder}; once that is mended: {report_command(folder)}')
+
+# %% ../nbs/90_cli.ipynb #23b98ef9
+def close_output() -> None:
+    "Write no more to a standard output that cannot be written to, not even when the process ends."
+    with contextlib.suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+# %% ../nbs/90_cli.ipynb #de50b92c
+def present(
+    rows: 'DataFrame', # Rows of a run that is over, or was stopped
+    baseline: str, # Method that the others are compared with
+    folder: Path, # Where everything lies
+    as_json: bool, # The table as JSON, and nothing else
+) -> Path | None: # The page; None: something could not be done, and was told
+    "First the results, then the pictures."
+    def printed():
+        show(rows, baseline, folder, as_json)
+        return True
+    def drawn():
+        from fedsq_nb.study.report import report
+        return report(folder, baseline=baseline)
+    shown = attempted('the table could not be printed', printed, folder)
+    if not shown: close_output()
+    page = attempted('the page could not be made', drawn, folder)
+    return page if shown else None
+
+# %% ../nbs/90_cli.ipynb #8dc85ccf
 def run_compare(
     args: argparse.Namespace, # From `parse`
 ) -> int: # Exit status
@@ -321,36 +444,36 @@ def run_compare(
     config = config_of(args)
     from fedsq_nb.engine.federate import RoundVoid
     from fedsq_nb.study.experiment import compare
-    from fedsq_nb.study.report import report
+    from fedsq_nb.study.folder import is_begun
     progress = Progress(config)
-    try: result = compare(config, say=progress.say, on_row=progress.row)
+    try: result = compare(config, say=progress.say, on_row=progress.row, on_trial_row=progress.trial_row)
     except KeyboardInterrupt:
         progress.say(stopped_text(config.out))
         return 130
     except (OSError, RoundVoid) as e:
-        if not can_resume(Path(config.out)): raise
+        if not is_begun(config.out): raise
         progress.say(f'fedsq: {error_text(e)}; mend that and go on with: {resume_command(config.out)}')
         return 1
     if progress.bar: sys.stderr.write('\r\033[K')
-    page = report(result.folder, baseline=config.methods[0])
-    show(result.rows, config.methods[0], args.json)
-    progress.say(f'results: {result.folder}   report: {page}')
+    page = present(result.rows, config.methods[0], result.folder, args.json)
+    if not page: return 3
+    tell(f'results: {result.folder}   report: {page}')
     return int((result.rows.state == 'diverged').any())
 
+# %% ../nbs/90_cli.ipynb #d47ba985
 def run_report(
     args: argparse.Namespace, # From `parse`
 ) -> int: # Exit status
     "`fedsq report`: read, print, report."
     from fedsq_nb.core import check_name
-    from fedsq_nb.study.summary import missing
-    from fedsq_nb.study.report import report
     from fedsq_nb.study.folder import check_whole, read_rows
+    from fedsq_nb.study.summary import missing
     rows = read_rows(args.folder)
     check_whole(args.folder)
     baseline = check_name(args.baseline, rows.method.unique(), 'baseline') if args.baseline else rows.method.iloc[0]
-    page = report(args.folder, baseline=baseline)
-    show(rows, baseline, args.json)
+    page = present(rows, baseline, Path(args.folder), args.json)
     for line in missing(args.folder): tell(f'unfinished: {line}')
+    if not page: return 3
     tell(f'report: {page}')
     return 0
 
@@ -366,12 +489,14 @@ def run_methods(
     else: print(text_table(rows[['method', 'source', 'passes', 'down', 'up']]))
     return 0
 
+# %% ../nbs/90_cli.ipynb #115091e3
 def named(
     text: str, # Names with commas between them
 ) -> list[str]:
     "A list of names."
     return [name.strip() for name in text.split(',')]
 
+# %% ../nbs/90_cli.ipynb #e2c57e06
 def bench_weights(
     text: str, # 'alexnet=FILE,resnet18=FILE'
 ) -> dict[str, str]: # File by network
@@ -404,6 +529,7 @@ def bench_rows(
     with cpu_threads(threads): rows = bench_dualcopy(nets, weights=weights, turns=turns, device=device, say=tell)
     return rows, bench_table(rows).set_index('network').T.rename_axis('').reset_index()
 
+# %% ../nbs/90_cli.ipynb #8a821a63
 def run_bench(
     args: argparse.Namespace, # From `parse`
 ) -> int: # Exit status
@@ -421,6 +547,7 @@ def run_bench(
 # %% ../nbs/90_cli.ipynb #2cdc8e2a
 COMMANDS = {'compare': run_compare, 'report': run_report, 'bench': run_bench, 'methods': run_methods}
 
+# %% ../nbs/90_cli.ipynb #067386a7
 def status_of(
     error: BaseException, # What ended the command
 ) -> int | None: # Exit status; None: a fault of ours, which shows its traceback
@@ -434,6 +561,7 @@ def status_of(
     tell(text)
     return status
 
+# %% ../nbs/90_cli.ipynb #9d7471e4
 def main(
     argv: Sequence[str] | None = None, # By default the process's own arguments
 ) -> int: # Exit status

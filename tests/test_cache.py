@@ -13,7 +13,7 @@ from torch import nn
 from fedsq_nb import core
 from fedsq_nb.gating import cache as C
 from fedsq_nb.data.images import Format
-from fedsq_nb.gating.cache import GateCache, cache_key, gate_cache, plan, verdict
+from fedsq_nb.gating.cache import GateCache, cache_key, gate_cache, plan, storage_verdict
 from fedsq_nb.core import InputError, copy_state, rng, seeded, state_hash
 from fedsq_nb.data.batches import Augment, Batches
 from fedsq_nb.data.example import printed
@@ -353,7 +353,7 @@ def test_no_room_says_how_much_is_missing():
     cache, said = told(dual(), shown(), limit=p.total - 1)
     assert cache is None and len(said) == 1 and 'cache_bytes' in said[0] and str(p) in said[0]
     cache, said = told(dual(), shown(), limit=p.total)
-    assert cache.nbytes == p.total and said == [f'gate cache: {p}'] == [verdict([p], p.total)]
+    assert cache.nbytes == p.total and said == [f'gate cache: {p}'] == [storage_verdict([p], p.total)]
 
 def test_another_type_is_refused():
     with pytest.raises(InputError, match="'float8'.*valid|'float8'.*did you mean"): gate_cache(dual(), shown(), soft='float8')

@@ -12,7 +12,8 @@ from PIL import Image
 from fedsq_nb import __version__
 from fedsq_nb.data.example import ResCNN
 from fedsq_nb.cli import main
-from fedsq_nb.study.config import SETTINGS, Config, read_toml
+from fedsq_nb.study.settings import SETTINGS
+from fedsq_nb.study.config import Config, read_toml
 from fedsq_nb.study.folder import read_lines
 
 gen = np.random.default_rng(0)
@@ -164,6 +165,78 @@ def test_no_network(argv, words, refused, monkeypatch, tmp_path_factory):
     (['--weights', 'imagenet'], ("'imagenet'", "'printed'")),
     (['--backbone', 'alexnet', '--weights', 'printed'], ("'printed'", "'alexnet'", "'random'"))])
 def test_bad_option(argv, words, refused): refused(argv, *words)
+
+@pytest.mark.parametrize('argv, words', [
+    (['--workers', '99999999999'], ('workers 99999999999', '256 or less')),
+    (['--threads', '99999999'], ('threads 99999999', '256 or less')),
+    (['--workers', '2', '--threads', '2'], ('workers 2', 'leave threads at 1')),
+    (['--clients', '4', '--min-clients', '99'], ('min_clients 99', '4 or less', 'void')),
+    (['--clients', '4', '--min-clients', '3', '--per-round', '2'], ('min_clients 3', '2 or less', 'take part in a round')),
+    (['--clients', '8', '--min-clients', '5', '--fraction', '0.5'], ('min_clients 5', '4 or less')),
+    (['--methods', 'fedavg,fedsq', '--plain-sites', 'nosuch*'], ("plain_sites 'nosuch*'", 'no site', 'blocks_0_relu')),
+    (['--methods', 'fedsq', '--plain-sites', 'stem_2, nosuch'], ("plain_sites 'nosuch'", 'no site')),
+    (['--methods', 'topk', '--compress', 'int8'], ("compress 'int8'", "'topk:0.05'", 'compressed once')),
+    (['--methods', 'fedavg,fedprox+fp16', '--compress', 'topk:0.1'], ("compress 'topk:0.1'", 'fedprox+fp16')),
+    (['--dp-delta', '2'], ('dp_delta 2.0', 'between 0 and 1')),
+    (['--momentum', '1.5'], ('momentum 1.5', 'below 1')),
+    (['--server-momentum', '1'], ('server_momentum 1.0', 'below 1')),
+    (['--trim', '0.5'], ('trim 0.5', 'below 0.5')),
+    (['--scaffold-option', '3'], ('scaffold_option 3', '2 or less')),
+    (['--crop', '999999999'], ('crop 999999999', '4,096 or less')),
+    (['--crop', '12'], ('crop 12', 'below the size of the images, which is 12')),
+    (['--freeze', 'stem,blocks,fc'], ("freeze 'stem,blocks,fc'", 'nothing to train', 'leave at least one layer free')),
+    (['--views', '99999999', '--flip'], ('views 99999999', '1,000 or less')),
+    (['--seeds', '99999999'], ('seeds 99999999', '1,000 or less')),
+    (['--seed', '9'*30], ('seed 999', '9,007,199,254,740,992 or less')),
+    (['--local-epochs', '9'*12], ('local_epochs 999999999999', '10,000 or less')),
+    (['--rounds', '9'*12], ('rounds 999999999999', '1,000,000 or less')),
+    (['--rounds', '9'*5000], ("rounds '999", '5002 characters', 'whole number')),
+    (['--rounds', '-' + '9'*5000], ("rounds '-999", '5003 characters', 'whole number')),
+    (['--data', '~nobody-of-that-name/x'], ("data '~nobody-of-that-name/x'", 'whole path')),
+    (['--weights', '~nobody-of-that-name/x'], ("weights '~nobody-of-that-name/x'", 'whole path')),
+    (['--cache', '~nobody-of-that-name/x', '--methods', 'fedsq'], ("cache '~nobody-of-that-name/x'", 'whole path')),
+    (['--config', '~nobody-of-that-name/x'], ("config '~nobody-of-that-name/x'", 'whole path')),
+    (['--data', '/dev/zero'], ('/dev/zero', 'device', 'give a file or a folder')),
+    (['--weights', '/dev/zero'], ('/dev/zero',)),
+    (['--config', '/dev/zero'], ('/dev/zero', 'device', 'give a file')),
+    (['--path-column', 'picture'], ("path_column 'picture'", '.csv'))])
+def test_every_bound_is_said_before_anything_is_written(argv, words, refused): refused(argv, *words)
+
+@pytest.mark.parametrize('name, why', [('a\0b', 'NUL'), ('a\udcffb', 'UTF-8'), ('~nobody-of-that-name/x', 'whole path')])
+@pytest.mark.parametrize('option', ['out', 'cache', 'data', 'weights', 'config'])
+def test_names_that_no_file_can_have(option, name, why, refused): refused([f'--{option}={name}'], option, why, repr(name))
+
+def test_a_cache_folder_is_looked_at_before_anything_is_written(refused, tmp_path):
+    (tmp_path/'file').write_text('')
+    refused(['--methods', 'fedsq', '--cache', tmp_path/'file'], tmp_path/'file', 'cannot be used', 'memory')
+    refused(['--methods', 'fedsq', '--cache', tmp_path/'file'/'deeper'], tmp_path/'file', 'cannot be used', 'memory')
+
+@pytest.mark.parametrize('text, words', [
+    ('rounds = ' + '9'*5000, ('c.toml', 'not TOML', 'too many digits')),
+    ('x = ' + '['*100_000, ('c.toml', 'nested too deeply')),
+    ('x = 1 # ' + ' '*2**20, ('c.toml', 'too long', '1,048,576 bytes')),
+    ('out = "a\\u0000b"', ('out', 'NUL')), ('running = 3', ("'running'", 'c.toml'))], ids=['digits', 'deep', 'long', 'nul', 'group'])
+def test_toml_that_is_a_trap(text, words, fedsq, tmp_path):
+    (tmp_path/'c.toml').write_text(text)
+    status, printed, err = fedsq('compare', '--config', tmp_path/'c.toml')
+    assert status == 2 and printed == '' and err.count('\n') == 1, err
+    assert all(word in err for word in words) and [p.name for p in tmp_path.iterdir()] == ['c.toml']
+
+def test_a_decompression_bomb_is_not_decoded(refused, fedsq, tmp_path):
+    "20 kB that are 507 MB once they are unpacked: refused by its header, whatever Pillow's own limit is, and counted with --skip-bad."
+    data = pictures(tmp_path/'d')
+    Image.new('L', (13_000, 13_000)).save(data/'a'/'0.png')
+    assert (data/'a'/'0.png').stat().st_size < 300_000
+    refused(['--data', data], data/'a'/'0.png', '13000 x 13000', '100,000,000 pixels', '--max-pixels', '--skip-bad')
+    refused(['--data', data, '--max-pixels', '100'], '14', 'more than 100 pixels')
+    status, _, err = fedsq('compare', *QUICK, *SMALL, '--data', data, '--skip-bad', '--out', tmp_path/'out')
+    assert status == 0 and '1 unreadable image' in err
+
+def test_a_zip_with_something_before_it(refused, tmp_path):
+    good = npz(tmp_path/'good.npz', x=x, y=y)
+    bad = tmp_path/'bad.npz'
+    bad.write_bytes(b'#!/bin/sh\n' + good.read_bytes())
+    refused(['--data', bad], bad, 'something before it', 'np.savez')
 
 @pytest.mark.parametrize('text, words', [
     ('aplha = 1', ("'aplha'", "'alpha'", 'c.toml')),
@@ -495,3 +568,132 @@ def test_a_resume_with_other_images_is_refused_in_one_line(fedsq, monkeypatch, t
     assert tree(tmp_path/'out') == before
     monkeypatch.chdir(tmp_path/'here')
     assert fedsq('compare', '--resume', '--out', tmp_path/'out')[0] == 0
+
+# ---- results first: a report that fails loses nothing
+
+def complete(out): return not (out/'checkpoints').exists() and len(rows_of(out)) == 2
+
+@pytest.fixture
+def done(fedsq, tmp_path):
+    "A small run that is complete, and the table it printed."
+    status, printed, _ = fedsq('compare', *QUICK, *SMALL, '--no-save-weights', '--out', tmp_path/'done')
+    assert status == 0
+    return tmp_path/'done', printed
+
+def test_a_page_that_cannot_be_written_costs_neither_table_nor_run(fedsq, monkeypatch, tmp_path):
+    "The place of the page is taken by a folder, which is what `report.html` cannot replace."
+    out = tmp_path/'out'
+    from fedsq_nb.study import experiment
+    compare = experiment.compare
+    def and_then(*args, **kw):
+        result = compare(*args, **kw)
+        (out/'report.html'/'taken').mkdir(parents=True)
+        return result
+    with monkeypatch.context() as m:
+        m.setattr(experiment, 'compare', and_then)
+        status, printed, err = fedsq('compare', *QUICK, *SMALL, '--out', out)
+    last = err.splitlines()[-1]
+    assert status == 3 and 'Final weights: ' in printed and complete(out)
+    assert last.startswith('fedsq: the page could not be made') and last.endswith(f'fedsq report {out}') and 'Traceback' not in err
+    (out/'report.html'/'taken').rmdir(), (out/'report.html').rmdir()
+    assert fedsq('report', out)[:2] == (0, printed) and (out/'report.html').stat().st_size > 10_000
+
+def command(*argv, before='', **kw):
+    "The command in a fresh process, after some lines of Python."
+    code = f'import sys, resource\n{before}\nfrom fedsq_nb.cli import main\nsys.exit(main())'
+    return subprocess.run([sys.executable, '-c', code, *map(str, argv)], cwd=Path(__file__).parent.parent, capture_output='stdout' not in kw, text=True, **kw)
+
+def test_a_disk_that_is_full_when_the_page_is_written(done):
+    "A real limit on the size of files: rows fit, and pictures do not."
+    out, printed = done
+    before = (out/'report.html').read_bytes()
+    got = command('report', out, before='resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))')
+    assert got.returncode == 3 and got.stdout.splitlines()[-2:] == printed.splitlines()[-2:]
+    assert 'the page could not be made (File too large' in got.stderr and f'fedsq report {out}' in got.stderr and 'Traceback' not in got.stderr
+    assert (out/'report.html').read_bytes() == before and sorted(p.name for p in out.iterdir() if p.name.startswith('.')) == []
+
+def test_a_fault_in_drawing_is_one_line(fedsq, done, monkeypatch):
+    out, printed = done
+    def broken(*args, **kw): raise ValueError('no such font')
+    monkeypatch.setattr('fedsq_nb.study.report.report', broken)
+    status, again, err = fedsq('report', out)
+    assert (status, again) == (3, printed) and err.count('\n') == 1 and 'ValueError: no such font' in err
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
+def test_a_table_that_cannot_be_printed_costs_no_page(done):
+    out, _ = done
+    (out/'report.html').unlink()
+    with open('/dev/full', 'w') as full: got = command('report', out, stdout=full, stderr=subprocess.PIPE)
+    assert got.returncode == 3 and (out/'report.html').exists()
+    assert got.stderr.splitlines()[0].startswith('fedsq: the table could not be printed (No space left on device)') and 'Exception' not in got.stderr
+
+def test_an_interrupted_page_leaves_the_table(fedsq, done, monkeypatch):
+    out, printed = done
+    def stop(*args, **kw): raise KeyboardInterrupt
+    monkeypatch.setattr('fedsq_nb.study.report.report', stop)
+    assert fedsq('report', out)[:2] == (130, printed)
+
+PLAIN_ASCII = {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0', 'PYTHONIOENCODING': 'ascii', 'COLUMNS': '100'}
+
+@pytest.mark.parametrize('env', [{'LC_ALL': 'C'}, PLAIN_ASCII], ids=['LC_ALL=C', 'plain ASCII'])
+def test_names_of_any_kind_in_any_locale(env, tmp_path):
+    "Classes with mathematics, markup, terminal codes, line breaks, and bytes that are no UTF-8; two seeds, so that intervals are cut."
+    names = [b'$x^{$', b'<b>&', b'caf\xe9', b'\x1b[31m\nred', 'Übung 字'.encode()]
+    for k, name in enumerate(names):
+        place = os.path.join(os.fsencode(tmp_path/'d'), name)
+        os.makedirs(place)
+        for i in range(8): Image.fromarray(gen.integers(40*k, 40*k + 90, (12, 12, 3), dtype=np.uint8)).save(os.path.join(place, b'%d.png' % i))
+    argv = [*QUICK, *SMALL, '--seeds', '2', '--methods', 'fedavg,fedsq', '--data', tmp_path/'d', '--out', tmp_path/'out']
+    got = command('compare', *argv, env={'PATH': os.environ['PATH'], 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1', **env})
+    assert got.returncode == 0, got.stderr
+    assert 'Final weights: ' in got.stdout and '\x1b' not in got.stdout + got.stderr
+    page = (tmp_path/'out'/'report.html').read_text(encoding='utf-8')
+    assert page.count('<img ') == 3 and 'could not be drawn' not in page
+    assert 'caf\\udce9' in page and '<b>&amp;' not in page and '&lt;b&gt;&amp;' in page and '\x1b' not in page
+
+def test_terminal_codes_are_shown_and_not_obeyed(fedsq):
+    err = fedsq('report', 'no\x1b[2Jsuch\nfolder')[2]
+    assert '\x1b' not in err and err.count('\n') == 1
+
+# ---- the time that is left
+
+class Clock:
+    now = 0.
+    def __call__(self): return self.now
+
+def test_replayed_rows_do_not_count_in_the_time_that_is_left(monkeypatch):
+    from fedsq_nb.cli import ErrorBar, Progress
+    drawn, clock = [], Clock()
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr(ErrorBar, 'on_update', lambda self, value, text: drawn.append(text))
+    progress = Progress(Config(rounds=100, seeds=1, methods='fedavg', lr='0.1'), clock)
+    def row(t, seconds): progress.row(dict(method='fedavg', seed=0, round=t, val_accuracy=.5, state='ok', clients_ok=2, clients_failed=0, failures=[], seconds=seconds))
+    for t in range(81): row(t, 10.)  # at once: played before the run was stopped
+    assert '[80/100' in drawn[-1] and '<?' in drawn[-1]
+    for t in (81, 82):
+        clock.now += 11.
+        row(t, 10.)
+    assert '[82/100' in drawn[-1] and '<03:18' in drawn[-1]  # 18 rounds of 11 seconds
+
+def test_the_calibration_is_part_of_the_way(monkeypatch):
+    from fedsq_nb.cli import ErrorBar, Progress
+    drawn, clock = [], Clock()
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr(ErrorBar, 'on_update', lambda self, value, text: drawn.append(text))
+    progress = Progress(Config(rounds=4, seeds=2, methods='fedavg,fedsq', rates='0.01,0.03', calibration_rounds=3, calibration_seeds=2), clock)
+    assert progress.total == 2*2*3*2 + 2*2*4
+    def rounds(of, n):
+        for t in range(n + 1):
+            clock.now += 1.
+            of(dict(method='fedavg', lr=.01, seed=0, round=t, val_accuracy=.5, state='ok', clients_ok=2, clients_failed=0, failures=[], seconds=1.))
+    found = dict(method='fedavg', lr=.01, val_accuracy=.5, state='ok')
+    for _ in range(2): rounds(progress.trial_row, 3)
+    assert (progress.done, progress.within) == (6, 6)
+    progress.row(found)
+    assert (progress.done, progress.within) == (6, 0)
+    rounds(progress.trial_row, 1)  # this one diverged
+    progress.row(found | dict(lr=.03, state='diverged', val_accuracy=None))
+    assert (progress.done, progress.total) == (12, 40)
+    progress.row(found | dict(lr=.1))  # the grid is extended
+    assert (progress.done, progress.total) == (18, 46)
+    assert '[18/46' in drawn[-1] and '<?' not in drawn[-1]

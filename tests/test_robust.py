@@ -123,7 +123,7 @@ def test_blocks_make_no_difference(seed, n):
     whole, room = [r.step(state, updates) for r in some], robust.NUMBERS_AT_A_TIME
     try:
         robust.NUMBERS_AT_A_TIME = 2*n
-        assert [s.stop - s.start for s in robust.blocks(5, n)] == [2, 2, 1]
+        assert [s.stop - s.start for s in robust.coordinate_blocks(5, n)] == [2, 2, 1]
         for r, w in zip(some, whole): np.testing.assert_allclose(vector(r.step(state, updates)), vector(w), rtol=1e-9, atol=1e-12)
     finally: robust.NUMBERS_AT_A_TIME = room
 

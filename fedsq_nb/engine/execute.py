@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LocalTrainer', 'Answers', 'LONGEST_TEXT', 'ONE_AT_A_TIME', 'answer_of', 'text_of', 'words_of', 'error_named',
            'readable', 'numpy_stream', 'torch_stream', 'global_streams', 'run_seed', 'serial', 'SharedState',
-           'signature', 'rehearsal', 'Channel', 'wait_for', 'is_dense', 'all_dense', 'to_bytes', 'from_bytes', 'pack',
-           'packed', 'unpack', 'kernel_control', 'end_with', 'watch', 'work', 'follow', 'frozen', 'unfrozen',
-           'interrupt_later', 'not_daemonic', 'Worker', 'WorkerLost', 'WorkerStuck', 'processor_seconds',
+           'signature', 'rehearsal', 'Channel', 'wait_for', 'is_dense', 'all_dense', 'to_bytes', 'from_bytes',
+           'pack_answer', 'packed', 'unpack_answer', 'kernel_control', 'end_with', 'watch', 'work', 'follow', 'frozen',
+           'unfrozen', 'interrupt_later', 'not_daemonic', 'Worker', 'WorkerLost', 'WorkerStuck', 'processor_seconds',
            'most_workers', 'check_workers', 'Processes', 'stop_all']
 
 # %% ../../nbs/60_engine.execute.ipynb #fc2f85ad
@@ -279,7 +279,7 @@ def from_bytes(
     return safetensors.torch.load(data) if data else {}
 
 # %% ../../nbs/60_engine.execute.ipynb #117ccf8e
-def pack(
+def pack_answer(
     answer: Update | Exception, # What `answer_of` gave
     up: SharedState, # Where its tensors go if they fit
 ) -> bytes: # What goes through the channel
@@ -297,11 +297,11 @@ def packed(
     up: SharedState, # Where its tensors go if they fit
 ) -> bytes: # What goes through the channel
     "What a worker says, or that it cannot be said."
-    try: return pack(answer, up)
+    try: return pack_answer(answer, up)
     except BaseException as e: return pickle.dumps(('error', *words_of(e)))
 
 # %% ../../nbs/60_engine.execute.ipynb #29375796
-def unpack(
+def unpack_answer(
     said: bytes, # What `packed` made
     up: SharedState, # Where its tensors may be
 ) -> Update | Exception: # In memory of its own
@@ -702,7 +702,7 @@ def read(self: Processes,
 ) -> Update | Exception: # Its client's answer
     "An answer in memory of its own. What a worker cannot compute is computed here."
     client, w.client = w.client, None
-    answer = unpack(said, w.up)
+    answer = unpack_answer(said, w.up)
     if isinstance(answer, Exception) and not w.can_train: return self.train_here(client)
     return answer
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sample_clients', 'absent_clients', 'opened', 'Diverged', 'RoundVoid', 'void_reason', 'json_ready', 'Sampling',
            'Limits', 'Listeners', 'Renewal', 'Memory', 'Federation', 'message_bytes', 'drift_and_loss',
-           'without_control', 'row_without_results', 'checksum', 'read_checkpoint']
+           'without_control', 'row_without_results', 'checkpoint_checksum', 'read_checkpoint']
 
 # %% ../../nbs/62_engine.federate.ipynb #1f94566e
 import dataclasses, hashlib, json, math, time
@@ -326,7 +326,7 @@ def fit(self: Federation,
     return pd.DataFrame(self.rows)
 
 # %% ../../nbs/62_engine.federate.ipynb #cd5a0fb7
-def checksum(
+def checkpoint_checksum(
     tensors: State, # What a checkpoint holds
     note: str, # What is noted beside it
 ) -> str: # 64 hexadecimal digits
@@ -359,7 +359,7 @@ def save(self: Federation,
     "Write a checkpoint, whole or not at all, and keep the one before."
     tensors, note = self.checkpoint(key)
     folder.mkdir(parents=True, exist_ok=True)
-    data = safetensors.torch.save(copy_state(tensors), {'note': note, 'checksum': checksum(tensors, note)})
+    data = safetensors.torch.save(copy_state(tensors), {'note': note, 'checksum': checkpoint_checksum(tensors, note)})
     path = atomic_write(folder/f'round-{len(self.rows) - 1:06d}.safetensors', data)
     for old in sorted(folder.glob('round-*.safetensors'))[:-2]: old.unlink()
     return path
@@ -375,7 +375,7 @@ def read_checkpoint(
     except (safetensors.SafetensorError, OSError) as e: raise ValueError(str(e)) from None
     if 'seal' in about:
         raise InputError(f'checkpoint {str(path)!r} is of an earlier version: go on with that, or begin anew')
-    if checksum(tensors, about.get('note', '')) != about.get('checksum'):
+    if checkpoint_checksum(tensors, about.get('note', '')) != about.get('checksum'):
         raise ValueError('its checksum does not match')
     return tensors, json.loads(about['note'])
 

@@ -6,10 +6,10 @@
 __all__ = ['Slot', 'slot_of', 'slots_of', 'row_bytes', 'pack_site', 'check_range', 'pack', 'unpack_bits', 'unpack_site',
            'in_shape', 'unpack', 'Plan', 'plan', 'memory_order', 'cache_key', 'array_hash', 'layer_settings', 'wiring',
            'GateCache', 'packed_rows', 'cache_in_memory', 'write_cache', 'open_cache', 'checksum', 'mapped_cache',
-           'verdict', 'gate_cache']
+           'storage_verdict', 'check_cache_folder', 'gate_cache']
 
 # %% ../../nbs/38_gating.cache.ipynb #9f63c9dd
-import hashlib, json, math, os, struct
+import errno, hashlib, json, math, os, struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -367,7 +367,7 @@ def __reduce__(self: GateCache) -> tuple:
     return mapped_cache, (self.path, self.slots, len(self.rows)//self.views, self.views)
 
 # %% ../../nbs/38_gating.cache.ipynb #43e8ba6c
-def verdict(
+def storage_verdict(
     plans: list[Plan], # What caches would hold
     limit: int, # Bytes that they may take together
 ) -> str:
@@ -384,6 +384,22 @@ def verdict(
     if kept: told.insert(0, 'gate cache: ' + ', '.join(kept))
     return '; '.join(told)
 
+# %% ../../nbs/38_gating.cache.ipynb #ef6dc97f
+def check_cache_folder(
+    folder: str | os.PathLike, # Where files are to be kept
+) -> None:
+    "Raise `InputError` when `folder` is no folder, or neither it nor what is above it can be written to."
+    try:
+        top = next(p for p in [Path(folder), *Path(folder).absolute().parents] if os.path.lexists(p))
+        as_who = {'effective_ids': os.access in os.supports_effective_ids}
+        if not top.is_dir(): why = errno.ENOTDIR
+        elif not os.access(top, os.W_OK | os.X_OK, **as_who): why = errno.EACCES
+        else: why = errno.ENAMETOOLONG if len(os.fsencode(Path(folder).name)) > 255 else 0
+    except OSError as e: why = e.errno
+    if not why: return
+    raise InputError(f'gate cache folder {str(folder)!r} cannot be used: {os.strerror(why)}; '
+                     "give another one, or cache='memory'")
+
 # %% ../../nbs/38_gating.cache.ipynb #95b5a4ae
 def gate_cache(
     dc: DualCopy, # The network
@@ -397,7 +413,7 @@ def gate_cache(
 ) -> GateCache | None: # None when gates must be computed for each batch
     "The gates of all images, from a file or built now."
     p = plan(dc, batches, soft)
-    if announce: say(verdict([p], limit))
+    if announce: say(storage_verdict([p], limit))
     if not p.views or not p.slots or p.total > limit: return None
     if folder is None: return cache_in_memory(dc, batches, p)
     key = cache_key(dc, batches, p.slots)

@@ -10,7 +10,7 @@ __all__ = ['Gates', 'SOFT', 'relu_gate', 'numpy_may_read', 'above', 'at_least', 
            'grouped', 'group_scale', 'apply_group', 'length_scale', 'for_each_dim', 'Windows', 'windows_at',
            'pool_windows', 'pool_stride', 'adaptive_windows', 'number_within', 'place_of', 'is_channels_last',
            'look_up', 'pool_both', 'pool_gate', 'gather', 'PoolGather', 'apply_pool', 'adaptive_gate', 'apply_adaptive',
-           'difference', 'disagreement']
+           'unit_difference', 'disagreement']
 
 # %% ../../nbs/30_gating.gates.ipynb #1739017c
 import itertools, math
@@ -561,7 +561,7 @@ def apply_adaptive(
     return gather(q, place_of(gate, adaptive_windows(q, gate.shape[-dims:])), dims)
 
 # %% ../../nbs/30_gating.gates.ipynb #3e89b1f0
-def difference(
+def unit_difference(
     a: Tensor, # Gates of one site
     b: Tensor, # The same site's, likewise
 ) -> Tensor: # One number in 0..1
@@ -576,4 +576,4 @@ def disagreement(
     b: Gates, # Gates of the same sites on the same inputs
 ) -> dict[str, float]: # By site, in 0..1: share of units that differ, or the relative difference of soft gates
     "At each site, how differently `a` and `b` decide."
-    return {site: float(difference(a[site], b[site])) for site in a}
+    return {site: float(unit_difference(a[site], b[site])) for site in a}

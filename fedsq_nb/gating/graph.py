@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from ..core import InputError, check_name
 from .gates import Gates, apply_clamp, apply_relu, clamp_beside, relu_beside
 from .rules import (
-    AFFINE, AFFINE_MODULES, INPUTS, PASSING, PRODUCTS, SETTINGS, SHAPES, UNIT_MODULES, Attr, Unit, call_of,
+    AFFINE, AFFINE_MODULES, INPUTS, PASSING, PRODUCTS, ARGUMENTS, SHAPES, UNIT_MODULES, Attr, Unit, call_of,
     called_settings, operation, rule, unit_class)
 
 # %% ../../nbs/34_gating.graph.ipynb #7fcd18bc
@@ -136,7 +136,7 @@ def overwrites(
     if name in ('iadd', 'isub', 'imul', 'itruediv'): return True
     if name.endswith('_') and not name.endswith('__'): return True
     if node.kwargs.get('inplace'): return True
-    known = SETTINGS.get(operation(node.target), ())
+    known = ARGUMENTS.get(operation(node.target), ())
     if 'inplace' not in known: return False
     return any(node.args[known.index('inplace') + 1:][:1])
 
@@ -261,7 +261,7 @@ class UnitsInside(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = operation(func), kwargs or {}
-        if name not in SETTINGS:
+        if name not in ARGUMENTS:
             self.check(func, name)
             return func(*args, **kwargs)
         inputs, settings = args[:INPUTS.get(name, 1)], called_settings(name, args, kwargs)
