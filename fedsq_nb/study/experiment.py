@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Participants', 'with_error', 'together', 'accuracy_meter', 'make_participants', 'make_federation', 'federation',
-           'store_all', 'participants_of', 'cpu_threads', 'task_contents', 'decisive_settings', 'run', 'federation_of',
-           'executor', 'keep_checkpoints', 'Journal', 'lost_text', 'trial_run', 'try_rate', 'calibrate', 'Comparison',
-           'compare', 'planned_rounds', 'settings_to_write', 'open_folder', 'go_on', 'settle', 'calibrate_all',
-           'run_all']
+           'store_all', 'participants_of', 'cpu_threads', 'task_contents', 'decisive_settings', 'run', 'sampling_of',
+           'limits_of', 'federation_of', 'executor', 'keep_checkpoints', 'Journal', 'lost_text', 'trial_run',
+           'try_rate', 'calibrate', 'Comparison', 'compare', 'planned_rounds', 'settings_to_write', 'open_folder',
+           'go_on', 'settle', 'calibrate_all', 'run_all']
 
 # %% ../../nbs/76_study.experiment.ipynb #fbd67d54
 import contextlib, dataclasses, functools, hashlib, json, shutil, tomllib
@@ -30,18 +30,19 @@ from ..data.images import ImageSet, Splits
 from ..data.partition import class_counts
 from ..engine.execute import Processes, serial
 from ..engine.federate import Diverged, Federation, Limits, Renewal, RoundVoid, Sampling
-from ..gating.cache import GateCache, gate_cache
+from ..gating.cache import GateCache
 from ..gating.dualcopy import DualCopy
 from ..server.aggregate import FedAvg
 from ..server.optimizers import with_control
+from ..server.privacy import private_part, with_releases
 from .calibrate import choose_rate, trial, trial_seeds, undisturbed
 from .config import Config, as_toml, fixed_rates, read_toml, run_settings, settings_for
 from .folder import RunFolder, append_row, check_same_partition, check_same_settings, claim, holds_run
 from .folder import read_origin, sole_writer
 from .origin import check_origin, contents_of, origin_of
 from .measure import client_accuracies, gap_meter, state_measure
-from .methods import METHODS, Method, add_method, known_values, method_of
-from .task import Task, load_task, own_format, partition_card, seeds_of
+from .methods import METHODS, Method, add_method, call_named, known_values, method_of
+from .task import Task, load_task, ordered_batches, own_format, part_gates, partition_card, seeds_of
 
 # %% ../../nbs/76_study.experiment.ipynb #be09851f
 @dataclasses.dataclass
@@ -128,7 +129,8 @@ def make_federation(
         own = trained_copy(p.model).state_dict(keep_vars=True)
         state = with_control(state, [n for n in state if own[n].requires_grad])
     if p.compress: settings['decode'] = functools.partial(decode, kind=parse_kind(p.compress))
-    return Federation(state, len(p.train.parts), p.train, measure=p.measure, inspect=p.inspect, rule=rule,
+    inspect = with_releases(p.inspect, rule)
+    return Federation(state, len(p.train.parts), p.train, measure=p.measure, inspect=inspect, rule=rule,
                       first_contact_bytes=serialised_bytes(constant_state(p.model)), **settings)
 
 # %% ../../nbs/76_study.experiment.ipynb #6090f68d
@@ -166,12 +168,11 @@ def store_all(
     say: Callable[[str], None], # Told which gates are stored, or why not
 ) -> dict[str, GateCache | None]: # By part; None: computed for each batch
     "Stored gates of all three parts."
-    vary = {'augment': augment, 'draws': np.random.default_rng(0)} if augment else {}
-    train = Batches(splits.train, form, batch_size=batch_size, **vary)
-    stored = {'train': gate_cache(model.eval(), train, say=say)}
-    for part in ('valid', 'test'):
-        stored[part] = gate_cache(model, Batches(getattr(splits, part), form, batch_size=256), announce=False)
-    return stored
+    stored, found = {}, {}
+    for part in ('train', 'valid', 'test'):
+        batches = ordered_batches(splits, part, form, batch_size=batch_size, augment=augment)
+        found[part] = part_gates(stored, part, model, batches, say=say, announce=part == 'train')
+    return found
 
 # %% ../../nbs/76_study.experiment.ipynb #f5fb1d1f
 def participants_of(
@@ -255,6 +256,27 @@ def run(
             except Diverged as e: say(f'{method}, seed {seed}, learning rate {lr:g}: {e}')
     return fed
 
+# %% ../../nbs/76_study.experiment.ipynb #70de3394
+def sampling_of(
+    sizes: Sequence[int], # Images of each client
+    *,
+    per_round: int = 0, # Clients in each round; 0: all
+    client_dropout: float = 0., # Probability that a chosen client vanishes in a round
+    sampling: str = 'uniform', # All alike, or in proportion to their images: size
+) -> Sampling:
+    "Who takes part."
+    return Sampling(min(per_round, len(sizes)) or None, sizes if sampling == 'size' else None, client_dropout)
+
+def limits_of(
+    n_clients: int, # How many there are
+    *,
+    min_clients: int = 1, # A round with fewer good updates is void
+    norm_limit: float = 100., # In units of the median change; 0: no limit
+    weight_limit: float = 1000., # In units of the median weight; 0: no limit
+) -> Limits:
+    "What is left out."
+    return Limits(min(min_clients, n_clients), norm_limit or None, weight_limit or None)
+
 # %% ../../nbs/76_study.experiment.ipynb #ec056c2d
 def federation_of(
     task: Task, # Data and settings
@@ -273,13 +295,10 @@ def federation_of(
     def renew(anchor):
         again = participants_of(task, method, seed, lr, parts, anchor=anchor, test=test)
         return again.train, again.measure
-    drawn = dict(per_round=min(f.per_round, len(parts)) or None, client_dropout=f.client_dropout)
-    if f.sampling == 'size': drawn['sizes'] = sizes
-    limits = dict(norm_limit=f.norm_limit or None, weight_limit=f.weight_limit or None,
-                  min_clients=min(f.min_clients, len(parts)))
+    sampling, limits = call_named(sampling_of, sizes, **vars(f)), call_named(limits_of, len(parts), **vars(f))
     refresh = c.refresh if isinstance(p.model, DualCopy) else 0
-    return make_federation(p, rule=m.make_rule(**known), control=m.control, seed=seed, sampling=Sampling(**drawn),
-                           limits=Limits(**limits), renewal=Renewal(refresh, renew))
+    return make_federation(p, rule=m.make_rule(**known), control=m.control, seed=seed, sampling=sampling, limits=limits,
+                           renewal=Renewal(refresh, renew))
 
 # %% ../../nbs/76_study.experiment.ipynb #b6e9bbb7
 def executor(
@@ -302,8 +321,11 @@ def keep_checkpoints(
 ) -> None:
     "Go on where the newest checkpoint stands, and write one after every so many rounds."
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    private = private_part(fed.rule)
+    if private: private.replayed = every
     if fed.restore(folder, key, say):
         for row in fed.rows: fed.listeners.on_row(row)
+        if private: fed.save(folder, key)  # its count of noisy models must outlast another stop
     fed.listeners.on_round = lambda: fed.save(folder, key) if (len(fed.rows) - 1) % every == 0 else None
 
 # %% ../../nbs/76_study.experiment.ipynb #bce52fbe

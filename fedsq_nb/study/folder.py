@@ -6,7 +6,7 @@
 __all__ = ['FILES', 'NEEDED', 'NUMBERS', 'HELD_LOCKS', 'RunFolder', 'holds_run', 'is_begun', 'sealed_line', 'append_row',
            'open_line', 'read_lines', 'tidy_rows', 'read_rows', 'read_settings', 'chosen_rates', 'read_origin',
            'read_partition', 'read_calibration', 'drop_locks', 'lock_folder', 'sole_writer', 'check_writable',
-           'files_of_run', 'claim', 'check_same_partition', 'check_whole', 'check_same_settings']
+           'files_of_run', 'claim', 'check_same_partition', 'check_files', 'check_same_settings']
 
 # %% ../../nbs/75_study.folder.ipynb #3ab34097
 import contextlib, dataclasses, errno, hashlib, json, os, shutil, tomllib, zlib
@@ -387,7 +387,7 @@ def digests(self: RunFolder) -> dict[str, str]: # SHA-256 in hexadecimal digits,
     return found
 
 # %% ../../nbs/75_study.folder.ipynb #775f2818
-def check_whole(
+def check_files(
     folder: str | os.PathLike, # A run folder
 ) -> None:
     "Raise `InputError` when a file of a complete run is not as it was written, naming the first such file."
