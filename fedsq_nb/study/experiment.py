@@ -429,6 +429,15 @@ def _repr_html_(self: Comparison) -> str:
     "As a notebook shows it: a table, and what comes next."
     return self.last_rows().round(4).to_html() + f'<p>{self.what_next()}</p>'
 
+# %% ../../nbs/76_study.experiment.ipynb #cc19aa92
+@patch
+def _repr_markdown_(self: Comparison) -> str:
+    "As a page made from a notebook shows it: the same table, and what comes next."
+    table = self.last_rows().round(4).reset_index().astype(str)
+    lines = [table.columns, ['---']*table.shape[1], *table.to_numpy()]
+    rows = ['| ' + ' | '.join(line) + ' |' for line in lines]
+    return '\n'.join([*rows, '', self.what_next()])
+
 # %% ../../nbs/76_study.experiment.ipynb #d46cf2ca
 def compare(
     config: Config, # The settings
