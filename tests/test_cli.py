@@ -553,6 +553,25 @@ def test_ctrl_c_says_how_to_go_on(fedsq, monkeypatch, tmp_path):
         err = fedsq('compare', *QUICK, *SMALL, '--lr', 'auto', '--out', tmp_path/'out')[2]
     assert f"fedsq compare --resume --out {tmp_path/'out'}" in err
 
+def test_a_resume_with_other_images_is_refused_in_one_line(fedsq, monkeypatch, tmp_path):
+    "Two things that were found from outside: a file replaced under its name, and a relative path seen from another folder."
+    from fedsq_nb.study import experiment
+    for name, images in (('here', x), ('there', x[::-1])):
+        (tmp_path/name).mkdir()
+        npz(tmp_path/name/'a.npz', x=np.ascontiguousarray(images), y=y)
+    monkeypatch.chdir(tmp_path/'here')
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(experiment, 'run_all', stop)
+        assert fedsq('compare', *QUICK, *SMALL, '--data', 'a.npz', '--out', tmp_path/'out')[0] == 130
+    before = tree(tmp_path/'out')
+    monkeypatch.chdir(tmp_path/'there')
+    status, printed, err = fedsq('compare', '--resume', '--out', tmp_path/'out')
+    assert status == 2 and printed == '' and err.count('\n') == 1 and 'data was' in err and 'another folder' in err
+    assert tree(tmp_path/'out') == before
+    monkeypatch.chdir(tmp_path/'here')
+    assert fedsq('compare', '--resume', '--out', tmp_path/'out')[0] == 0
+
 # ---- results first: a report that fails loses nothing
 
 def complete(out): return not (out/'checkpoints').exists() and len(rows_of(out)) == 2
