@@ -457,3 +457,11 @@ def test_settings_are_written_in_tables_and_flat_ones_are_read(calibrated, tmp_p
     assert read_settings(calibrated[1])['clients'] == 3
     (tmp_path/'config.toml').write_text('clients = 7\n[chosen.rates]\nfedavg = 0.01\n')
     assert read_settings(tmp_path) == {'clients': 7, 'chosen': {'rates': {'fedavg': .01}}} and read_toml(tmp_path/'config.toml') == {'clients': 7}
+
+# ---- kills, a few; `python tests/kill_runs.py --kills 1000` does as many as you like
+
+def test_a_few_kills_change_nothing(tmp_path):
+    script = Path(__file__).with_name('kill_runs.py')
+    done = subprocess.run([sys.executable, script, '--kills', '4', '--seed', '3'], capture_output=True, text=True, cwd=script.parent.parent,
+                          env=os.environ | {'TMPDIR': str(tmp_path), 'PYTHONPATH': str(script.parent.parent)}, timeout=600)
+    assert done.returncode == 0 and ' 0 differences' in done.stdout, done.stdout + done.stderr
