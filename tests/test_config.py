@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fedsq_nb.core import InputError
-from fedsq_nb.study.config import Config, as_toml, check_clients, participants, read_toml, run_settings, settings_for
-from fedsq_nb.study.settings import GROUPS, OLD_NAMES, SETTINGS, Range, Settings, coerce, current_names, flattened, group_of, shown
+from fedsq_nb.study.config import Config, as_toml, check_participants, participants, read_toml, run_settings, settings_for
+from fedsq_nb.study.settings import GROUPS, OLD_NAMES, SETTINGS, Range, Settings, coerce, current_names, flattened, group_of, value_text
 
 # ---- groups, defaults, ranges
 
@@ -38,13 +38,13 @@ def test_a_value_beyond_a_bound_is_refused_by_name_value_and_rule(name, limits):
     beyond = []
     if limits.at_least is not None: beyond.append(limits.at_least - step)
     if limits.above is not None: beyond.append(limits.above)
-    if limits.at_most is not None: beyond.append(limits.at_most + step)
+    if limits.at_most is not None: beyond.append(limits.at_most + (step if whole else max(step, limits.at_most*step)))
     if limits.below is not None: beyond.append(limits.below)
     if not whole: beyond += [math.nan, math.inf, -math.inf]
     assert beyond
     for value in beyond:
         with pytest.raises(InputError, match=rf'^{name} .* must ') as e: group(**{name: value})
-        assert shown(SETTINGS[name].type(value)) in str(e.value) and '\n' not in str(e.value)
+        assert value_text(SETTINGS[name].type(value)) in str(e.value) and '\n' not in str(e.value)
 
 @pytest.mark.parametrize('name, choices', [(n, f.metadata['range'].choices) for n, f in SETTINGS.items() if f.metadata['range'].choices])
 def test_choices_are_all_taken_and_no_others(name, choices):
@@ -107,8 +107,8 @@ def test_participants(given, drawn):
 
 def test_natural_clients_are_counted_before_they_are_compared():
     c = Config(partition='natural', per_round=30, min_clients=20)
-    check_clients(c.replace(clients=30))
-    with pytest.raises(InputError, match='per_round 30 must be from 1 to the 29 clients'): check_clients(c.replace(clients=29))
+    check_participants(c.replace(clients=30))
+    with pytest.raises(InputError, match='per_round 30 must be from 1 to the 29 clients'): check_participants(c.replace(clients=29))
 
 def test_a_method_sets_its_own_and_two_compressions_are_refused():
     c = Config(methods='fedavg,int8,topk')

@@ -18,7 +18,7 @@ from ..client.compression import parse_kind
 from ..core import InputError, check_name
 from .methods import METHODS, method_of
 from .settings import GROUPS, SETTINGS, Settings, checked_text, coerce, current_names, flattened
-from .settings import group_of, value_text
+from .settings import LARGEST_RATE, Range, group_of, value_text
 from .settings import DataSettings, NetworkSettings, GateSettings, FederationSettings, TrainingSettings
 from .settings import MethodSettings, CalibrationSettings, RunSettings, OutputSettings
 
@@ -100,8 +100,8 @@ def fixed_rates(
     for name, value in pairs:
         name = check_name(name.strip(), [*methods, *METHODS], 'method in lr')
         rates[name] = coerce('lr', float, value)
-        if not 0 < rates[name] < float('inf'):
-            raise InputError(f'lr {rates[name]!r} of {name} must be a number above 0')
+        if fault := Range(above=0, at_most=LARGEST_RATE).fault(rates[name]):
+            raise InputError(f'lr {rates[name]!r} of {name} {fault}')
     for name in methods:
         if name not in rates: raise InputError(f'lr {value_text(text)} leaves out {name}: give a rate for each method')
     return rates
