@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBERS_AT_A_TIME', 'Memoryless', 'enough_updates', 'coordinate_blocks', 'by_coordinate', 'mean_of_kept', 'middle',
            'FedMedian', 'FedTrimmedAvg', 'changes', 'products', 'squared_distances', 'krum_order', 'Krum', 'MultiKrum',
-           'mean_near_median', 'Bulyan', 'weiszfeld', 'of_type', 'GeometricMedian', 'shortened', 'NormClipping']
+           'mean_near_median', 'Bulyan', 'weiszfeld', 'of_type', 'GeometricMedian', 'shortened_change', 'NormClipping']
 
 # %% ../../nbs/55_server.robust.ipynb #d534b720
 import dataclasses, math
@@ -303,7 +303,7 @@ class GeometricMedian(Memoryless):
 
 # %% ../../nbs/55_server.robust.ipynb #c1d26c9a
 @torch.no_grad()
-def shortened(
+def shortened_change(
     state: State, # What a client sent
     start: State, # The model the round began with
     share: float, # How much of the change is left, from 0 to 1
@@ -342,6 +342,6 @@ def step(self: NormClipping,
     limit = median_low(lengths) if self.limit is None else self.limit
     short = []
     for u, length in zip(updates, lengths):
-        if length > limit: u = dataclasses.replace(u, state=shortened(u.state, global_state, limit/length))
+        if length > limit: u = dataclasses.replace(u, state=shortened_change(u.state, global_state, limit/length))
         short.append(u)
     return self.then.step(global_state, short)
