@@ -466,10 +466,10 @@ def run_report(
 ) -> int: # Exit status
     "`fedsq report`: read, print, report."
     from fedsq_nb.core import check_name
-    from fedsq_nb.study.folder import check_whole, read_rows
+    from fedsq_nb.study.folder import check_files, read_rows
     from fedsq_nb.study.summary import missing
     rows = read_rows(args.folder)
-    check_whole(args.folder)
+    check_files(args.folder)
     baseline = check_name(args.baseline, rows.method.unique(), 'baseline') if args.baseline else rows.method.iloc[0]
     page = present(rows, baseline, Path(args.folder), args.json)
     for line in missing(args.folder): tell(f'unfinished: {line}')

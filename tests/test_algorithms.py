@@ -1,5 +1,5 @@
 "Client algorithms against an oracle in plain numpy, written from the papers' equations, over many rounds; and the laws that days obey."
-import copy, functools, math
+import copy, functools, gc, math
 from types import SimpleNamespace
 
 import numpy as np
@@ -648,3 +648,23 @@ def test_a_client_callback_of_a_users_own_in_ten_lines():
     steps = u.metrics['steps']
     assert all(((u.state[n] - start[n]).abs() <= LR*steps + 1e-9).all() for n in start) and any((u.state[n] != start[n]).any() for n in start)
     assert bits(train(start, 1, 1)) == bits(u)
+
+# ---- nothing that stays remembers how it was computed
+
+@pytest.mark.parametrize('algorithm', [lambda: Scaffold(), lambda: Scaffold(1), lambda: FedDyn(ALPHA), lambda: Moon(MU), lambda: Margins()],
+                         ids=['scaffold', 'scaffold I', 'feddyn', 'moon', 'fedlc'])
+def test_no_autograd_graph_grows_over_rounds(algorithm):
+    "Though what the client kept, and what arrives, come from whoever left them with a gradient."
+    def graphs():
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        return sum(t.grad_fn is not None for t in tensors)
+    train = training(fresh(Hidden), callbacks=lambda: [algorithm()])
+    state = shared_state(train.model)
+    state = state | {f'control/{n}': torch.zeros_like(t) for n, t in state.items()}
+    before = graphs()
+    for round in range(1, 5):
+        u = train({n: t.requires_grad_() for n, t in state.items()}, 1, round)
+        assert all(t.grad_fn is None and not t.requires_grad for t in (*u.client_state.values(), *u.state.values()))
+        train.client_states = {1: {n: t.clone().detach().requires_grad_() for n, t in u.client_state.items()}}
+        assert graphs() == before

@@ -1,7 +1,10 @@
 "Backbones: a table that users add to, and networks of one's own."
+import hashlib, io, os
+
 import pytest
 import torch
 from torch import nn
+from torchvision.models._api import BUILTIN_MODELS, Weights, WeightsEnum
 
 from fedsq_nb.client.backbones import BACKBONES, add_backbone, backbone, image_format
 from fedsq_nb.core import InputError, save_state, state_hash
@@ -47,3 +50,61 @@ def test_what_is_wrong_is_said(call, word):
 def test_by_default_a_network_comes_with_its_own_weights():
     assert state_hash(backbone('rescnn', 10).state_dict()) == state_hash(backbone('rescnn', 10, weights='printed').state_dict())
     assert isinstance(BACKBONES['rescnn'].make(3), ResCNN)
+
+
+# -- weights that cannot be trusted ------------------------------------------------------------------------------------
+
+def test_weights_beyond_the_networks_type_are_refused(tmp_path):
+    "A float64 of 1e300 is finite, and infinite as float32."
+    weights = {n: t.double() if t.is_floating_point() else t for n, t in small(3).state_dict().items()}
+    weights['0.weight'][0, 0, 0, 0] = 1e300
+    path = save_state(tmp_path/'w.safetensors', weights)
+    with pytest.raises(InputError, match=r'0\.weight holds values beyond the range of torch.float32'): backbone(small(3), 3, weights=str(path))
+    weights['0.weight'][0, 0, 0, 0] = 1e38
+    assert backbone(small(3), 3, weights=str(save_state(tmp_path/'w.safetensors', weights)))[0].weight.detach().max() == torch.tensor(1e38)
+
+
+class Evil:
+    "Pickled, it makes a folder when it is loaded."
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return os.mkdir, (str(self.mark),)
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A torchvision network `tinynet` whose weights file is what the test puts into the hub's folder."
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    (tmp_path/'checkpoints').mkdir()
+    def put(content):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        path = tmp_path/'checkpoints'/f'tinynet-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pth'
+        path.write_bytes(buffer.getvalue())
+        class TinyWeights(WeightsEnum): DEFAULT = Weights(url=f'http://127.0.0.1:9/{path.name}', transforms=None, meta={})
+        def tinynet(*, weights: TinyWeights | None = None, **kwargs):
+            model, weights = small(3), TinyWeights.verify(weights)
+            if weights is not None: model.load_state_dict(weights.get_state_dict(check_hash=True))
+            return model
+        tinynet.__module__ = 'torchvision.models.tinynet'
+        monkeypatch.setitem(BUILTIN_MODELS, 'tinynet', tinynet)
+        return path
+    return put
+
+def test_cached_weights_are_loaded_and_hashed_each_time(hub):
+    weights = small(3).state_dict()
+    path = hub(weights)
+    assert torch.equal(backbone('tinynet', 5, weights='imagenet')[0].weight, weights['0.weight'])
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged)//2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match=r'is damaged: its SHA-256 begins with .*delete it'): backbone('tinynet', 5, weights='imagenet')
+    path.write_bytes(b'')
+    with pytest.raises(InputError, match=r'is damaged'): backbone('tinynet', 5, weights='imagenet')
+    path.unlink()
+    with pytest.raises(InputError, match=r'could not be downloaded'): backbone('tinynet', 5, weights='imagenet')
+
+def test_cached_weights_run_no_code(hub, tmp_path):
+    "Even a file whose digest is right is read as tensors only."
+    mark, before = tmp_path/'executed', dict(os.environ)
+    hub(small(3).state_dict() | {'evil': Evil(mark)})
+    with pytest.raises(InputError, match='holds more than tensors'): backbone('tinynet', 5, weights='imagenet')
+    assert not mark.exists() and dict(os.environ) == before

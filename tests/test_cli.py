@@ -182,6 +182,9 @@ def test_bad_option(argv, words, refused): refused(argv, *words)
     (['--server-momentum', '1'], ('server_momentum 1.0', 'below 1')),
     (['--trim', '0.5'], ('trim 0.5', 'below 0.5')),
     (['--scaffold-option', '3'], ('scaffold_option 3', '2 or less')),
+    (['--client-dropout', '1'], ('client_dropout 1.0', 'below 1')),
+    (['--lr', '1e300'], ('lr 1e+300 of fedavg', '1e+30 or less')),
+    (['--lr', 'auto', '--rates', '1e300'], ('rates (1e+300,)', '1e+30 or less')),
     (['--crop', '999999999'], ('crop 999999999', '4,096 or less')),
     (['--crop', '12'], ('crop 12', 'below the size of the images, which is 12')),
     (['--freeze', 'stem,blocks,fc'], ("freeze 'stem,blocks,fc'", 'nothing to train', 'leave at least one layer free')),
@@ -202,9 +205,9 @@ def test_bad_option(argv, words, refused): refused(argv, *words)
     (['--path-column', 'picture'], ("path_column 'picture'", '.csv'))])
 def test_every_bound_is_said_before_anything_is_written(argv, words, refused): refused(argv, *words)
 
-@pytest.mark.parametrize('name, why', [('a\0b', 'NUL'), ('a\udcffb', 'UTF-8'), ('~nobody-of-that-name/x', 'whole path')])
+@pytest.mark.parametrize('name, why', [('a\0b', 'NUL'), ('a\udcffb', 'UTF-8'), ('a'*256, 'too long'), ('a/'*3000, 'too long'), ('~nobody-of-that-name/x', 'whole path')])
 @pytest.mark.parametrize('option', ['out', 'cache', 'data', 'weights', 'config'])
-def test_names_that_no_file_can_have(option, name, why, refused): refused([f'--{option}={name}'], option, why, repr(name))
+def test_names_that_no_file_can_have(option, name, why, refused): refused([f'--{option}={name}'], option, why, value_text(name))
 
 def test_a_cache_folder_is_looked_at_before_anything_is_written(refused, tmp_path):
     (tmp_path/'file').write_text('')
@@ -550,6 +553,25 @@ def test_ctrl_c_says_how_to_go_on(fedsq, monkeypatch, tmp_path):
         err = fedsq('compare', *QUICK, *SMALL, '--lr', 'auto', '--out', tmp_path/'out')[2]
     assert f"fedsq compare --resume --out {tmp_path/'out'}" in err
 
+def test_a_resume_with_other_images_is_refused_in_one_line(fedsq, monkeypatch, tmp_path):
+    "Two things that were found from outside: a file replaced under its name, and a relative path seen from another folder."
+    from fedsq_nb.study import experiment
+    for name, images in (('here', x), ('there', x[::-1])):
+        (tmp_path/name).mkdir()
+        npz(tmp_path/name/'a.npz', x=np.ascontiguousarray(images), y=y)
+    monkeypatch.chdir(tmp_path/'here')
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(experiment, 'run_all', stop)
+        assert fedsq('compare', *QUICK, *SMALL, '--data', 'a.npz', '--out', tmp_path/'out')[0] == 130
+    before = tree(tmp_path/'out')
+    monkeypatch.chdir(tmp_path/'there')
+    status, printed, err = fedsq('compare', '--resume', '--out', tmp_path/'out')
+    assert status == 2 and printed == '' and err.count('\n') == 1 and 'data was' in err and 'another folder' in err
+    assert tree(tmp_path/'out') == before
+    monkeypatch.chdir(tmp_path/'here')
+    assert fedsq('compare', '--resume', '--out', tmp_path/'out')[0] == 0
+
 # ---- results first: a report that fails loses nothing
 
 def complete(out): return not (out/'checkpoints').exists() and len(rows_of(out)) == 2
@@ -678,3 +700,20 @@ def test_the_calibration_is_part_of_the_way(monkeypatch):
     progress.row(found | dict(lr=.1))  # the grid is extended
     assert (progress.done, progress.total) == (18, 46)
     assert '[18/46' in drawn[-1] and '<?' not in drawn[-1]
+
+# ---- any option, any value
+
+ODD = ['', ' ', ',', '=', '-', '--', '*', '~', '/', '.', '..', '0', '-0', '-1', '1e300', '-1e300', '1e-300', 'nan', 'inf', '-inf', '9'*40, '9'*5000, '0x10', '1_0', '٣', '0.5', 'true', 'None', '[]', '{}',
+       '%s', '{x}', "'", '"', 'é', '\n', '\t', '\x1b[2J', 'a\0b', 'a\udcff', 'a'*300, 'a/'*3000, '~nobody-of-that-name/x', '/dev/zero', '/dev/null', 'all', 'auto', 'topk:0', 'topk:nan', 'fedsq+fedsq', '+', 'fedavg=0.1,=1', 'cuda:99']
+
+@pytest.mark.parametrize('name', ['config', *SETTINGS])
+def test_any_option_with_any_value_is_taken_or_refused_in_one_line(name, fedsq, monkeypatch, tmp_path):
+    "Up to the moment when a run would write its first file. Never a traceback, never a folder."
+    class Began(KeyboardInterrupt): pass
+    def begin(*args, **kw): raise Began
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('fedsq_nb.study.experiment.load_task', begin)
+    for value in ODD:
+        status, printed, err = fedsq('compare', *QUICK, *SMALL, '--out', tmp_path/'out', f'--{name.replace("_", "-")}={value}')
+        assert status in (2, 130) and printed == '' and not list(tmp_path.iterdir()), (value, err)
+        if status == 2: assert err.startswith('fedsq: ') and err.count('\n') == 1, (value, err)

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from fedsq_nb.core import InputError, rng
 from fedsq_nb.data.batches import Augment, Batches, shift
-from fedsq_nb.data.example import LETTERS, glyphs, printed
+from fedsq_nb.data.example import LETTERS, digits, glyphs, printed
 from fedsq_nb.data.images import Format, ImageSet, Splits, contact_sheet, from_arrays, hold_out, share, split
 from fedsq_nb.data.sources import load_data
 
@@ -454,3 +455,40 @@ def test_contact_sheet_lays_the_images_out_in_rows():
     sheet = np.asarray(ax.images[0].get_array())
     assert sheet.shape == (14, 30, 3) and np.array_equal(sheet[:6, 6:11], x[1]) and np.array_equal(sheet[7:13, 6:11], x[6])
     plt.close(fig)
+
+# ---- natural clients
+
+def owned(labels, owners):
+    "Images that can be told apart, with owners."
+    n, labels, owners = len(labels), np.asarray(labels), np.asarray(owners)
+    pixels = torch.arange(n, dtype=torch.int32).view(torch.uint8).reshape(n, 1, 2, 2).clone()
+    names = tuple(map(str, range(int(owners.max()) + 1)))
+    return ImageSet(pixels, torch.tensor(labels), tuple(map(str, range(int(labels.max()) + 1))), torch.tensor(owners), names)
+
+def which(data): return data.images.reshape(-1).view(torch.int32).tolist()
+
+@pytest.mark.parametrize('seed', range(20))
+def test_a_tiny_client_keeps_an_image_to_train_on(seed):
+    data = owned(np.arange(100) % 2, [0]*94 + [1]*2 + [2]*2 + [3, 4])
+    s = split('mine', data, valid_fraction=.3, test_fraction=.4, seed=seed)
+    assert set(s.train.owners.tolist()) == {0, 1, 2, 3, 4}
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_hold_out_by_owner_is_a_share_of_each(drawn):
+    n = drawn.draw(st.integers(2, 60))
+    numbers = lambda most: st.lists(st.integers(0, most), min_size=n, max_size=n).map(lambda v: np.unique(v, return_inverse=True)[1])
+    data, fraction = owned(drawn.draw(numbers(4)), drawn.draw(numbers(12))), drawn.draw(st.floats(.01, .99))
+    rest, held = hold_out(data, fraction, rng(drawn.draw(st.integers(0, 99)), 'test'))
+    assert sorted(which(rest) + which(held)) == list(range(n))
+    assert set(rest.owners.tolist()) == set(data.owners.tolist()) and set(rest.labels.tolist()) == set(data.labels.tolist())
+    of, taken = (np.bincount(d.owners, minlength=len(data.owner_names)) for d in (data, held))
+    assert (taken <= np.floor(of*int(n*fraction + .5)/n) + 1).all()
+
+def test_without_owners_the_draw_is_by_class_as_it_always_was():
+    "Results that were published stay: the formula, written out."
+    data = digits()
+    gen, counts = rng(5, 'split', 'valid'), np.bincount(data.labels)
+    wanted = np.minimum(share(counts, int(len(data)*.1 + .5), gen), counts - 1)
+    held = np.sort(np.concatenate([gen.permutation(np.flatnonzero(data.labels.numpy() == k))[:m] for k, m in enumerate(wanted)]))
+    assert torch.equal(hold_out(data, .1, rng(5, 'split', 'valid'))[1].images, data.images[held])

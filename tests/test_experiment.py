@@ -14,7 +14,7 @@ from fedsq_nb.cli import main
 from fedsq_nb.engine.execute import WorkerLost, serial
 from fedsq_nb.study.config import Config, read_toml
 from fedsq_nb.study.experiment import calibrate, compare
-from fedsq_nb.study.folder import append_row, check_whole, read_calibration, read_origin, read_rows, read_settings, sole_writer
+from fedsq_nb.study.folder import append_row, check_files, read_calibration, read_origin, read_rows, read_settings, sole_writer
 from fedsq_nb.study.methods import METHODS
 from fedsq_nb.study.task import partition_card
 from fedsq_nb.data.partition import partition_hash
@@ -430,19 +430,19 @@ def test_a_file_of_a_complete_run_that_has_changed_is_named(calibrated, tmp_path
     "One bit anywhere in any file; a file that was taken away is none."
     out = tmp_path/'out'
     shutil.copytree(calibrated[1], out)
-    check_whole(out)
+    check_files(out)
     names = [name for name in files(out) if name != 'SHA256SUMS']
     assert {'config.toml', 'made_from.json', 'partition.json', 'calibration.jsonl', 'rounds.jsonl', 'weights/fedsq-0.safetensors'} <= set(names)
     for k, name in enumerate(names):
         whole = (out/name).read_bytes()
         at = rng(0, 'flip', k).integers(len(whole))
         (out/name).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
-        with pytest.raises(E.InputError, match=name): check_whole(out)
+        with pytest.raises(E.InputError, match=name): check_files(out)
         capsys.readouterr()
         assert main(['report', str(out)]) == 2 and 'Traceback' not in capsys.readouterr().err
         (out/name).write_bytes(whole)
     shutil.rmtree(out/'weights')
-    check_whole(out)
+    check_files(out)
     assert subprocess.run(['sha256sum', '-c', '--quiet', '--ignore-missing', 'SHA256SUMS'], cwd=out).returncode == 0
 
 def test_a_damaged_row_of_the_calibration_stops_a_resume_in_one_line(halted, tmp_path):
@@ -457,3 +457,11 @@ def test_settings_are_written_in_tables_and_flat_ones_are_read(calibrated, tmp_p
     assert read_settings(calibrated[1])['clients'] == 3
     (tmp_path/'config.toml').write_text('clients = 7\n[chosen.rates]\nfedavg = 0.01\n')
     assert read_settings(tmp_path) == {'clients': 7, 'chosen': {'rates': {'fedavg': .01}}} and read_toml(tmp_path/'config.toml') == {'clients': 7}
+
+# ---- kills, a few; `python tests/kill_runs.py --kills 1000` does as many as you like
+
+def test_a_few_kills_change_nothing(tmp_path):
+    script = Path(__file__).with_name('kill_runs.py')
+    done = subprocess.run([sys.executable, script, '--kills', '4', '--seed', '3'], capture_output=True, text=True, cwd=script.parent.parent,
+                          env=os.environ | {'TMPDIR': str(tmp_path), 'PYTHONPATH': str(script.parent.parent)}, timeout=600)
+    assert done.returncode == 0 and ' 0 differences' in done.stdout, done.stdout + done.stderr

@@ -1,18 +1,21 @@
 "One client's day against plain PyTorch loops, and what of a model travels."
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from fedsq_nb.server.aggregate import check_update
 from fedsq_nb.client.backbones import backbone
 from fedsq_nb.data.images import Format
 from fedsq_nb.gating.cache import gate_cache
-from fedsq_nb.core import copy_state, rng, seeded, state_hash
+from fedsq_nb.core import InputError, copy_state, rng, seeded, state_hash
 from fedsq_nb.data.batches import Augment, Batches
 from fedsq_nb.data.images import from_arrays
 from fedsq_nb.gating.dualcopy import DualCopy
-from fedsq_nb.client.learner import FedProx, LocalTraining, constant_state, evaluate, shared_names, shared_state, trained_copy
+from fedsq_nb.client.learner import Callback, FedProx, LocalTraining, constant_state, evaluate, one_epoch, shared_names, shared_state, trained_copy
 
 FORM, gen = Format(1, (.5,), (.25,), 8), rng(0, 'test', 'learner')
 DATA = from_arrays(gen.integers(0, 256, (50, 8, 8), dtype='uint8'), gen.integers(0, 3, 50), ['a', 'b', 'c'])
@@ -216,3 +219,80 @@ def test_evaluate_with_stored_gates():
     assert evaluate(model, batches(store)) == evaluate(model, batches()) and store.asked == [10]*5
     store.cache.rows = store.cache.rows.roll(1, 0)  # another image's gates
     assert evaluate(model, batches(store))[1] != evaluate(model, batches())[1]
+
+
+# -- the loop without callbacks is the Learner's, to the bit -----------------------------------------------------------
+
+class Silent(Callback):
+    "Hears everything and does nothing: with it the training runs in a `Learner`."
+
+def drawn_training(draw):
+    "Any sizes of images, clients and batches, so that rows begin anywhere in memory; any of the settings."
+    channels, size, classes = draw(st.sampled_from([1, 3])), draw(st.integers(3, 9)), draw(st.integers(2, 4))
+    n, batch_size = draw(st.integers(2, 40)), draw(st.integers(1, 12))
+    gen = rng(draw(st.integers(0, 10**6)), 'learner')
+    data = from_arrays(gen.integers(0, 256, (n, size + draw(st.integers(0, 2)), size, channels), dtype='uint8').squeeze(), gen.integers(0, classes, n), list('abcd')[:classes])
+    form, parts = Format(channels, (.5,), (.25,), size), [gen.permutation(n), gen.permutation(n)[:1]]
+    layers = [nn.Conv2d(channels, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()] if draw(st.booleans()) and batch_size > 1 else []
+    with seeded(0, 'drawn'): net = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(draw(st.sampled_from([0., .5]))), nn.Linear(len(layers)*size**2 or channels*size**2, classes))
+    settings = dict(lr=draw(st.sampled_from([.05, 1e30])), epochs=draw(st.integers(1, 3)), batch_size=batch_size, momentum=draw(st.sampled_from([0., .9])),
+                    weight_decay=draw(st.sampled_from([0., .01])), stragglers=draw(st.sampled_from([0., 1.])), augment=draw(st.sampled_from([None, Augment(flip=True, crop=1)])))
+    return net, data, parts, form, settings
+
+@given(data=st.data(), wrap=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_without_callbacks_as_in_the_learner(data, wrap):
+    net, images, parts, form, options = drawn_training(data.draw)
+    if wrap: net = DualCopy(net)
+    start, got = shared_state(net), []
+    for callbacks in (tuple, lambda: [Silent()]):
+        u = LocalTraining(net, images, parts, form, callbacks=callbacks, **options)(start, 0, 3)
+        got.append((bits(u.state), repr({k: v for k, v in u.metrics.items() if k != 'seconds'})))
+    assert got[0] == got[1]
+
+def test_callbacks_that_come_and_go_meet_the_same_training():
+    "A Learner that was used, or thrown away, before and between."
+    train, start = day(small(.5)), shared_state(small())
+    alone = bits(train(start, 0, 1).state)
+    train.callbacks = lambda: [FedProx(.5)]
+    sprung = bits(train(start, 0, 1).state)
+    train.callbacks = tuple
+    assert bits(train(start, 0, 1).state) == alone != sprung
+    train.callbacks = lambda: [FedProx(.5)]
+    assert bits(train(start, 0, 1).state) == sprung
+
+def test_floats_made_at_once_are_bounded(monkeypatch):
+    "A batch at a time beyond the limit, where images vary, and where gates are stored."
+    made = []
+    show = Batches.show
+    def noted(self, index, how=None): made.append(len(index)); return show(self, index, how)
+    monkeypatch.setattr(Batches, 'show', noted)
+    def sizes(limit, **options):
+        made.clear()
+        x = torch.cat([x for x, *_ in one_epoch(Batches(DATA, FORM, PARTS[0], **{'batch_size': 8, 'shuffle': rng(0, 'order')} | options), limit)])
+        assert len(x) == 33
+        return list(made)
+    floats = 33*8*8*4
+    assert sizes(floats) == [33] and sizes(floats - 1) == [8, 8, 8, 9]
+    assert sizes(floats, augment=Augment(flip=True), draws=rng(0)) == [8, 8, 8, 9]
+    assert sizes(floats, shuffle=None) == [33]
+    model = DualCopy(small())
+    assert sizes(floats, stored_gates=gate_cache(model.eval(), Batches(DATA, FORM, batch_size=8)))[:4] == [8, 8, 8, 9]
+
+def test_clients_images_are_checked_and_shared():
+    train = LocalTraining(small(), DATA, [PARTS[0], [50]], FORM, lr=.1)
+    with pytest.raises(InputError, match='index must be from 0 to 49'): train.batches(1, 1)
+    a, b = train.batches(0, 1), train.batches(0, 2)
+    assert a.images.data_ptr() == b.images.data_ptr() == DATA.images.data_ptr()
+    assert not torch.equal(torch.cat([y for _, y in a]), torch.cat([y for _, y in b]))
+
+@pytest.mark.parametrize('callbacks', [tuple, lambda: [FedProx(.1)]], ids=['without', 'with'])
+def test_no_graph_is_kept_between_trainings(callbacks):
+    "Neither what is sent nor what stays in memory remembers how it was computed."
+    def graphs():
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+        return sum(t.grad_fn is not None for t in tensors)
+    train, start, before = day(small(), callbacks), shared_state(small()), graphs()
+    updates = [train(start, client, round) for round in (1, 2) for client in (0, 1, 2)]
+    assert graphs() == before and not any(t.requires_grad for u in updates for t in u.state.values())

@@ -10,13 +10,14 @@ import torch
 from fedsq_nb.core import InputError, Update, copy_state, norm, rng, state_hash, sub
 from fedsq_nb.study.config import Config
 from fedsq_nb.study.experiment import compare, run
+from fedsq_nb.study.folder import read_lines, sealed_line
 from fedsq_nb.study.task import load_task
 from fedsq_nb.server.aggregate import FedAvg
 from fedsq_nb.study.settings import MethodSettings
 from fedsq_nb.engine.federate import Diverged, Federation, Limits, RoundVoid
 from fedsq_nb.study.methods import METHODS, Method, Source, add_method, known_values, method_of, method_table
 
-TINY = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=7, alpha=1., min_size=4, batch_size=8, max_train=90, valid_fraction=.05, test_fraction=.05, workers=1, dp_noise=.01)
+TINY = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=7, alpha=1., min_size=4, batch_size=8, max_train=90, valid_fraction=.05, test_fraction=.05, workers=1, dp_noise=.01, dp_seeded_noise=True)
 MIXED = ['fedsq+fedprox', 'fedsq+fedadam', 'fedsq+scaffold', 'fedsq+fedbn', 'fedsq+krum', 'fedsq+int8', 'fedsq+moon', 'fedsq+private', 'scaffold+fedyogi', 'fedsq_refresh+scaffold',
          'feddyn+topk', 'scaffold+int8', 'fedbn+moon+topk', 'clipped+fedavgm', 'head+fedadam', 'fedsq_refresh+fedbn+fedprox+fp16']
 
@@ -49,6 +50,67 @@ def test_the_same_bits_with_workers_and_after_a_stop(method, tmp_path):
     stop_after(task, method, 1, tmp_path)
     gone_on = run(with_config(task, workers=2), method, 0, .02, checkpoints=tmp_path)
     same(gone_on, whole)
+
+# ---- private runs
+
+def differ(a, b): return norm(sub(a.state, b.state)) > 1e-3
+def releases(fed): return [r.get('releases') for r in fed.rows]
+
+def test_private_noise_is_the_systems_unless_a_test_asks_for_the_seeds():
+    "The same run twice is two draws; in test mode it is one, and in a run without it the seed does not give the mean away."
+    real, test = task_of(dp_seeded_noise=False), task_of()
+    assert differ(*(run(real, 'private', 0, .02) for _ in range(2)))
+    same(*(run(test, 'private', 0, .02) for _ in range(2)))
+    assert releases(run(real, 'fedsq+private', 0, .02)) == [None, 1, 2] and 'releases' not in run(real, 'fedavg', 0, .02).rows[-1]
+
+@pytest.mark.parametrize('every', [1, 2])
+def test_a_private_run_that_goes_on_uses_no_noise_twice_and_counts_every_release(every, tmp_path):
+    "Two stops; each may have lost as many rounds as lie between two checkpoints, and the count outlasts the next stop."
+    task = task_of(dp_seeded_noise=False, rounds=5, checkpoint_every=every)
+    seen = []
+    def stopped_at(last):
+        def on_row(row):
+            seen.append((row['round'], row['weights'], row.get('releases')))
+            if row['round'] == last: raise Stopped
+        with pytest.raises(Stopped): run(task, 'private', 0, .02, on_row=on_row, checkpoints=tmp_path)
+    stopped_at(3)
+    stopped_at(4)
+    end = run(task, 'private', 0, .02, on_row=lambda row: seen.append((row['round'], row['weights'], row.get('releases'))), checkpoints=tmp_path)
+    drawn = {(t, w) for t, w, _ in seen if t}  # models that somebody has seen, told more than once when a run goes on
+    assert len(drawn) > 5 and len({t for t, _ in drawn}) == 5
+    assert len(drawn) <= end.rows[-1]['releases'] <= 5 + 2*every
+
+def rewrite(folder, change):
+    "The rows of a run, each as `change` makes it, as if the run had written them."
+    rows = read_lines(folder/'rounds.jsonl')
+    (folder/'rounds.jsonl').write_text(''.join(sealed_line(change(row)) for row in rows))
+    (folder/'SHA256SUMS').unlink(missing_ok=True)
+
+@pytest.mark.parametrize('seeded', [False, True])
+def test_the_promise_and_the_report_say_where_the_noise_came_from(seeded, tmp_path):
+    pytest.importorskip('dp_accounting')
+    from fedsq_nb.study.report import report
+    said = []
+    config = Config(**TINY | dict(methods=('fedavg', 'private'), dp_noise=2., dp_seeded_noise=seeded, out=str(tmp_path/'out')))
+    done = compare(config, say=said.append)
+    for text in ([s for s in said if s.startswith('private:')][0], report(tmp_path/'out').read_text()):
+        assert ('TEST MODE, no promise' in text) == seeded and ('-differentially private for each client' in text) != seeded
+    assert [r for r in done.rows[done.rows.method == 'private'].releases] [1:] == [1, 2]
+    rewrite(tmp_path/'out', lambda row: {k: v for k, v in row.items() if k != 'releases'})
+    assert 'TEST MODE, no promise' in report(tmp_path/'out').read_text()  # of a version that knew no other noise
+
+def test_the_report_counts_rounds_that_were_played_again(tmp_path):
+    pytest.importorskip('dp_accounting')
+    from fedsq_nb.server.privacy import epsilon
+    from fedsq_nb.study.folder import read_rows
+    from fedsq_nb.study.report import report
+    from fedsq_nb.study.tables import notes
+    config = Config(**TINY | dict(methods=('private',), dp_noise=2., out=str(tmp_path/'out')))
+    compare(config.replace(dp_seeded_noise=False), say=lambda note: None)
+    rewrite(tmp_path/'out', lambda row: row | ({'releases': row['releases'] + 3} if row.get('releases') else {}))
+    text = report(tmp_path/'out').read_text()
+    assert 'at most 3 that were played again' in text and f'({epsilon(2., 2, 1., 1e-5, repeated=3):.3g}, 1e-05)' in text
+    assert any('up to 3 rounds' in note for note in notes(read_rows(tmp_path/'out')))
 
 @pytest.mark.parametrize('method', ['scaffold', 'fedsq_refresh', 'feddyn', 'fedbn', 'topk', 'fedadam', 'private'])
 def test_the_same_bits_when_few_take_part(method, tmp_path):
@@ -160,7 +222,7 @@ POISON = {
 RULES = sorted(m for m, method in METHODS.items() if method.rule is not METHODS['fedavg'].rule or method.wrap_rule is not METHODS['fedavg'].wrap_rule or m == 'fedavg')
 
 def rule_of(name):
-    return METHODS[name].make_rule(**known_values(client_sizes=[10 + c for c in range(10)]))
+    return METHODS[name].make_rule(**known_values(client_sizes=[10 + c for c in range(10)], algorithms=MethodSettings(dp_seeded_noise=True)))
 
 def play(name, answer, rounds=2):
     "A federation of ten whose clients answer as told."

@@ -97,6 +97,8 @@ def test_a_comparison_shows_itself_and_says_what_comes_next():
     result = compare(Config(**SMALL, methods=('fedavg', 'fedsq')), data=splits(), model=net, say=quiet)
     page = result._repr_html_()
     assert '<table' in page and 'fedsq' in page and 'report' in page
+    lines = result._repr_markdown_().splitlines()
+    assert lines[0].startswith('| method | lr |') and [line.split(' | ')[0] for line in lines[2:4]] == ['| fedavg', '| fedsq'] and 'report' in lines[-1]
 
 
 def test_a_run_is_not_gone_on_with_on_other_data(tmp_path):

@@ -1,5 +1,5 @@
 "Client-level privacy: the rule against plain numpy, its sensitivity, its noise, and the account against closed forms."
-import builtins, importlib.util, logging, math
+import builtins, importlib.util, logging, math, multiprocessing, random
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,8 @@ from scipy.stats import kstest, norm
 
 from fedsq_nb.server.aggregate import FedAvg
 from fedsq_nb.core import InputError, Update, rng, state_hash
-from fedsq_nb.server.privacy import PrivateFedAvg, epsilon, noise_for
+from fedsq_nb.server import privacy
+from fedsq_nb.server.privacy import PrivateFedAvg, epsilon, noise_for, promise, system_normal, system_uniform
 
 fast = settings(max_examples=50, deadline=None)
 slow = settings(max_examples=12, deadline=None)
@@ -192,6 +193,99 @@ def test_resuming_goes_on_with_the_same_bits():
     assert state_hash(whole) == state_hash(half)
 
 
+# -- noise that nobody can draw again ---------------------------------------------------------------------------------------
+
+def test_noise_comes_from_the_operating_system_unless_a_seed_is_given():
+    "No seed of anything makes it the same again: not the rule's settings, not numpy's, torch's or Python's generators."
+    drawn = []
+    for _ in range(3):
+        random.seed(0); np.random.seed(0); torch.manual_seed(0)
+        drawn.append(noise_of(PrivateFedAvg(1., 1., 5), round=3))
+    for a, b in ((0, 1), (0, 2), (1, 2)): assert abs(np.corrcoef(drawn[a], drawn[b])[0, 1]) < 0.02
+    assert PrivateFedAvg(1., 1., 5).seed is None
+
+def test_one_rule_that_plays_a_round_twice_draws_twice():
+    rule = PrivateFedAvg(1., 1., 5)
+    assert abs(np.corrcoef(noise_of(rule, 4), noise_of(rule, 4))[0, 1]) < 0.02 and rule.releases == 2
+
+def test_two_copies_of_one_process_do_not_draw_the_same():
+    def first(): return noise_of(PrivateFedAvg(1., 1., 5), size=50).tolist()
+    drawn = [in_a_fork(first) for _ in range(2)]
+    assert not set(drawn[0]) & set(drawn[1])
+
+def in_a_fork(make):
+    "What `make` returns in a forked process."
+    here, there = multiprocessing.Pipe()
+    p = multiprocessing.get_context('fork').Process(target=lambda: there.send(make()))
+    p.start()
+    assert here.poll(60)
+    got = here.recv()
+    p.join()
+    return got
+
+@pytest.mark.parametrize('clip, z, clients', [(1., 1., 1), (2., 0.5, 10), (0.1, 3., 7)])
+def test_the_systems_noise_is_gaussian_of_the_stated_size(clip, z, clients):
+    drawn = noise_of(PrivateFedAvg(clip, z, clients))
+    assert kstest(drawn, norm(0, z*clip/clients).cdf).pvalue > 1e-6  # chance decides here: once in a million
+    assert drawn.std() == pytest.approx(z*clip/clients, rel=0.02) and abs(drawn.mean()) < 6*drawn.std()/drawn.size**0.5
+    assert abs(np.corrcoef(drawn[:40_000], drawn[40_000:])[0, 1]) < 0.04
+
+@fast
+@given(st.lists(st.integers(0, 7), max_size=3))
+def test_the_systems_normal_numbers_have_any_shape(shape):
+    drawn = system_normal(tuple(shape))
+    assert drawn.shape == tuple(shape) and drawn.dtype == np.float64 and np.isfinite(drawn).all()
+
+@pytest.mark.parametrize('byte, u', [(0, 2.**-53), (255, 1.)])
+def test_the_ends_of_the_uniform_numbers(byte, u, monkeypatch):
+    "Never zero, whose logarithm is infinite; the longest normal number is 8.57."
+    monkeypatch.setattr(privacy.secrets, 'token_bytes', lambda n: bytes([byte])*n)
+    assert (system_uniform(3) == u).all() and np.isfinite(system_normal((4,))).all()
+    assert np.abs(system_normal((4,))).max() <= math.sqrt(2*53*math.log(2)) + 1e-12
+
+def test_the_mean_cannot_be_had_back_with_the_settings():
+    "What the seed of a run in test mode gives away, to the last digits; without one nothing does."
+    state, updates = federation(3, 5)
+    exact = vector(quiet(1.).step(state, updates))
+    at = slice(0, 9)  # apart from the variances, which end at zero
+    def off(rule): return np.abs((vector(rule.step(state, updates)) - vector(PrivateFedAvg(1., 2., 5, 11).step(state, [replace(u, state=state) for u in updates[:1]])) + vector(state) - exact)[at]).max()
+    assert off(PrivateFedAvg(1., 2., 5, 11)) < 1e-9 < 1e-3 < off(PrivateFedAvg(1., 2., 5))
+
+# -- releases --------------------------------------------------------------------------------------------------------------
+
+def test_a_run_that_goes_on_counts_what_may_have_been_played_and_lost():
+    "Checkpoints after every third round; stopped after the fifth, after the sixth was drawn and not saved, and at once again."
+    state, _ = federation(7, 1)
+    def play(rule, rounds):
+        for t in rounds: rule.step(state, federation(t, 3, round=t)[1])
+        return rule.state_dict()
+    saved = play(PrivateFedAvg(1., 1., 3, replayed=3), (1, 2, 3))
+    assert saved == {'releases': 3}
+    for n in (1, 2):  # it saves as soon as it goes on, so a second stop is counted as well
+        again = PrivateFedAvg(1., 1., 3, replayed=3)
+        again.load_state_dict(saved)
+        saved = again.state_dict()
+        play(again, (4, 5, 6))  # and is lost
+        assert saved == {'releases': 3 + 3*n}
+    assert again.releases == 3 + 3*2 + 3 >= 3 + 3 + 3  # never less than were drawn
+
+def test_in_test_mode_the_same_round_is_the_same_release():
+    rule = PrivateFedAvg(1., 1., 3, seed=2, replayed=5)
+    rule.load_state_dict({'releases': 4})
+    assert rule.releases == 4
+
+# -- the promise in words --------------------------------------------------------------------------------------------------
+
+@accounted
+def test_a_seeded_run_says_that_it_promises_nothing():
+    given = 1., 50, 0.2, 1e-5
+    real, test = promise(*given, seeded=False), promise(*given, seeded=True)
+    assert 'TEST MODE' not in real and 'differentially private' in real and f'({epsilon(*given):.3g}, 1e-05)' in real
+    assert test.startswith('private: TEST MODE, no promise') and 'differentially private' not in test
+    for said in (real, test): assert f'({epsilon(1., 50, 1., 1e-5):.3g}, 1e-05) towards those who know who took part' in said
+    assert 'who took part' not in promise(1., 50, 1., 1e-5, seeded=False)
+    assert 'at most 7 that were played again' in promise(*given, seeded=False, repeated=7)
+
 # -- the account -----------------------------------------------------------------------------------------------------------
 
 def balle_wang(z, delta):
@@ -251,6 +345,26 @@ def test_noise_for_a_promise_keeps_it_and_is_not_more_than_needed(target, rounds
 @accounted
 def test_a_round_that_nearly_everybody_is_in_is_still_a_sampled_one(): assert epsilon(2., 10, 0.8, 1e-5) < 0.95*epsilon(2., 10, 1., 1e-5)
 
+@pytest.mark.parametrize('z, rounds, q, repeated', [(2., 10, .3, 2), (1., 100, .1, 5), (4., 20, 1., 3)])
+@accounted
+def test_rounds_that_were_played_again_cost_more(z, rounds, q, repeated):
+    plain, more = epsilon(z, rounds, q, 1e-5), epsilon(z, rounds, q, 1e-5, repeated=repeated)
+    assert plain < more <= epsilon(z, rounds + repeated, 1., 1e-5)*(1 + 1e-9)
+    assert epsilon(z, rounds, q, 1e-5, repeated=0) == plain
+    assert epsilon(z, rounds, 1., 1e-5, repeated=repeated) == pytest.approx(epsilon(z, rounds + repeated, 1., 1e-5))
+    assert epsilon(z, rounds, q, 1e-5, 'pld', repeated) <= more
+
+@pytest.mark.parametrize('z, q', [(1., 0.1), (2., 0.5), (4., 0.2)])
+@accounted
+def test_a_round_that_is_played_again_with_the_same_clients_lies_below_the_account(z, q):
+    "Two looks at one sampled sum are one look with noise z/sqrt(2); sampling helps once, and not twice."
+    w = z/2**.5
+    x = np.linspace(-15*w, 15*w + 1, 400_001)
+    p, r = norm.pdf(x, 0, w), (1 - q)*norm.pdf(x, 0, w) + q*norm.pdf(x, 1, w)
+    spent = lambda e: max(np.clip(r - math.exp(e)*p, 0, None).sum(), np.clip(p - math.exp(e)*r, 0, None).sum())*(x[1] - x[0]) - 1e-5
+    exact = brentq(spent, 0, 50)
+    assert exact <= epsilon(z, 1, q, 1e-5, repeated=1) and exact <= epsilon(z, 1, q, 1e-5, 'pld', repeated=1)*(1 + 1e-3)
+
 @accounted
 def test_no_noise_promises_nothing(): assert epsilon(0., 1, 0.5, 1e-5) == math.inf
 
@@ -305,7 +419,7 @@ nan, inf = float('nan'), float('inf')
     (lambda: PrivateFedAvg(1., 1., 0, 0), 'clients 0'), (lambda: PrivateFedAvg(1., 1., 2.5, 0), 'clients 2.5'),
     (lambda: epsilon(-1., 1, 1., 1e-5), 'noise_multiplier -1.0'), (lambda: epsilon(1., 0, 1., 1e-5), 'rounds 0'), (lambda: epsilon(1., 1.5, 1., 1e-5), 'rounds 1.5'),
     (lambda: epsilon(1., 1, 0., 1e-5), 'participation 0.0'), (lambda: epsilon(1., 1, 1.1, 1e-5), 'participation 1.1'), (lambda: epsilon(1., 1, nan, 1e-5), 'participation nan'),
-    (lambda: epsilon(1., 1, 1., 0.), 'delta 0.0'), (lambda: epsilon(1., 1, 1., 1.), 'delta 1.0'), (lambda: noise_for(0., 1, 1., 1e-5), 'epsilon 0.0'), (lambda: noise_for(1., 1, -0.1, 1e-5), 'participation -0.1')])
+    (lambda: epsilon(1., 1, 1., 0.), 'delta 0.0'), (lambda: epsilon(1., 1, 1., 1.), 'delta 1.0'), (lambda: noise_for(0., 1, 1., 1e-5), 'epsilon 0.0'), (lambda: epsilon(1., 1, 1., 1e-5, repeated=-1), 'repeated -1'), (lambda: PrivateFedAvg(1., 1., 5, replayed=0), 'replayed 0'), (lambda: noise_for(1., 1, -0.1, 1e-5), 'participation -0.1')])
 def test_settings_are_checked(make, message):
     with pytest.raises(InputError) as e: make()
     assert str(e.value).startswith(message) and 'must be' in str(e.value)
@@ -317,6 +431,7 @@ def test_updates_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match='updates is empty'): quiet(1.).step(state, [])
     with pytest.raises(InputError, match=r'updates are of rounds \[1, 2\]'): quiet(1.).step(state, [updates[0], replace(updates[1], round=2)])
     with pytest.raises(InputError, match="was given 'm/w'"): quiet(1.).load_state_dict({'m/w': torch.zeros(1)})
+    with pytest.raises(InputError, match="was given 'm/w'"): PrivateFedAvg(1., 1., 4).load_state_dict({'releases': 3, 'm/w': torch.zeros(1)})
 
 def test_it_shows_its_settings(): assert repr(PrivateFedAvg(1., 0.5, 10, 3)) == 'PrivateFedAvg(clip=1.0, noise_multiplier=0.5, clients=10, seed=3)'
 

@@ -341,3 +341,55 @@ def test_a_bare_figure_appears_once_in_a_new_notebook(tmp_path, before):
     cells = json.loads((tmp_path/'done.ipynb').read_text())['cells']
     assert not [o for c in cells for o in c['outputs'] if o['output_type'] == 'error']
     assert [sum('image/png' in o.get('data', {}) for o in c['outputs']) for c in cells] == [0, 1, 1, 1, 1, 0]
+
+# ---- what the run was made from, and names of any kind
+
+SITTING = dict(python='3.11.7', torch='2.7.1', fedsq_nb='0.1', threads=1, processor='x86_64', instruction_set='AVX2', device='cpu')
+ORIGIN = dict(contents=dict(data='7f3a', network='19c4', classes=[EVIL, 'caf\udce9']), circumstances=[SITTING])
+
+def test_the_page_names_what_the_run_was_made_from(tmp_path):
+    text = Page(R.report(write(tmp_path, run('fedavg', 0, [.5]), made_from__json=json.dumps(ORIGIN))).read_text()).text
+    assert all(fact in text for fact in ('7f3a', '19c4', '2.7.1', 'AVX2', 'x86_64', EVIL, 'caf\\udce9')) and 'other circumstances' not in text
+    assert R.origin_text(ORIGIN) == 'images 7f3a, network 19c4, fedsq_nb 0.1, torch 2.7.1, python 3.11.7, threads 1, processor x86_64, instruction set AVX2'
+
+def test_a_run_that_was_gone_on_with_elsewhere_says_so(tmp_path):
+    moved = ORIGIN | dict(circumstances=[SITTING, SITTING | dict(threads=4, instruction_set='AVX512')])
+    text = Page(R.report(write(tmp_path, run('fedavg', 0, [.5]), made_from__json=json.dumps(moved))).read_text()).text
+    assert 'threads was 1 and is 4' in text and "instruction_set was 'AVX2' and is 'AVX512'" in text
+    assert R.origin_text(moved).endswith('instruction set AVX512; gone on with in other circumstances')
+
+@pytest.mark.parametrize('content, said', [(None, 'does not tell what it was made from'), ('{', 'damaged'), ('{"contents": 3}', 'damaged')])
+def test_an_origin_that_is_absent_or_damaged_stops_no_page(tmp_path, content, said):
+    more = {} if content is None else dict(made_from__json=content)
+    assert said in Page(R.report(write(tmp_path, run('fedavg', 0, [.5]), **more)).read_text()).text
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=()), max_size=12))
+def test_a_name_of_any_kind_can_be_seen_and_stored(name):
+    "Surrogates, control and direction marks among them; what can be seen already stays as it is."
+    seen = R.visible(name)
+    assert seen.isprintable() and seen.encode().decode() == seen and (seen == name) == name.isprintable()
+    assert len(Page(f'<p>{R.escaped(name)}</p>').tags) == 1
+    assert '\n' not in R.markdown_line([name])
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=()), min_size=1, max_size=6), min_size=2, max_size=2))
+def test_a_class_of_any_name_is_drawn(tmp_path_factory, classes):
+    folder = write(tmp_path_factory.mktemp('names'), run('fedavg', 0, [.5]), partition__json=json.dumps(dict(classes=classes, counts={'0': [[1, 2], [3, 4]]})))
+    assert R.partition_maps(folder)._repr_png_()
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_page(tmp_path, monkeypatch):
+    def broken(rows): raise ValueError('a <font> is gone')
+    monkeypatch.setattr(report, 'curves', broken)
+    page = Page(R.report(full(tmp_path)).read_text())
+    assert 'This picture could not be drawn' in page.text and 'ValueError: a <font> is gone' in page.text and len(page.links) == 2
+
+@pytest.mark.parametrize('classes, columns', [(10, 3), (20, 1)])
+def test_maps_of_many_classes_stand_below_one_another(tmp_path, classes, columns):
+    counts = {str(s): [[250]*classes]*10 for s in range(3)}
+    write(tmp_path, run('fedavg', 0, [.5]), partition__json=json.dumps(dict(classes=[f'a fairly long class name {i}' for i in range(classes)], counts=counts)))
+    fig = R.partition_maps(tmp_path)
+    fig._repr_png_()
+    assert len({round(ax.get_position().x0, 1) for ax in fig.axes}) == columns
+    numbers = [text.get_window_extent() for text in fig.axes[0].texts[:classes]]  # the first client's
+    assert len(numbers) == classes and all(a.x1 < b.x0 for a, b in zip(numbers, numbers[1:])), 'numbers overlap'

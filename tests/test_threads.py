@@ -10,6 +10,7 @@ import torch
 from fedsq_nb.core import InputError, Update
 from fedsq_nb.engine import execute
 from fedsq_nb.engine.execute import Processes, WorkerLost, WorkerStuck, serial
+from fedsq_nb.engine.federate import Federation
 
 ROOT = Path(__file__).parent.parent
 ZERO = {'w': torch.zeros(2)}
@@ -429,6 +430,19 @@ def test_another_seed_is_another_stream_and_the_training_may_name_it():
     with Processes(2) as pool:
         assert {(c, 1): tuple(u.state['w'].tolist()) for c, u in pool(Seeded(), DRAWN, range(5), 1)} == {k: v for k, v in second.items() if k[1] == 1}
         assert numbers_of(pool, seed=1) == first
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_federation_hands_its_seed_to_the_streams_of_its_clients(workers):
+    def states(seed):
+        with Processes(workers) as pool:
+            fed = Federation(dict(DRAWN), 3, draws, seed=seed, execute=pool if workers > 1 else serial)
+            fed.fit(2)
+        return fed.state['w'].tolist()
+    assert states(1) == states(1) != states(2)
+    fours = Federation(dict(DRAWN), 3, step_drawn, seed=1, execute=lambda train, state, clients, round: serial(train, state, clients, round))
+    assert fours.fit(1).iloc[-1].clients_ok == 3  # an executor that does not ask for it is not given one
+
+def step_drawn(state, client, round): return Update(client, round, {'w': state['w'] + 1}, 1)
 
 def world():
     "Everything that the global streams hold."

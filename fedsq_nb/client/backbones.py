@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'FROZEN', 'FROZEN_KINDS', 'Backbone', 'add_backbone', 'torchvision_names', 'image_format', 'guess_format',
-           'misfit', 'on_meta', 'minimum_size', 'check_size', 'head_name', 'new_head', 'load_weights',
-           'FrozenBatchNorm1d', 'FrozenBatchNorm2d', 'FrozenBatchNorm3d', 'freeze_statistics', 'freeze', 'pretrain',
-           'printed_weights', 'architecture', 'own_network', 'check_weights', 'make_network', 'has_own_head',
-           'backbone', 'body_of']
+           'misfit', 'on_meta', 'minimum_size', 'check_size', 'head_name', 'bare_classifier', 'new_head',
+           'weight_fault', 'weights_faults', 'load_weights', 'FrozenBatchNorm1d', 'FrozenBatchNorm2d',
+           'FrozenBatchNorm3d', 'freeze_statistics', 'freeze', 'pretrain', 'printed_weights', 'hub_file',
+           'check_digest', 'tensors_only', 'architecture', 'own_network', 'check_weights', 'make_network',
+           'has_own_head', 'body_of', 'fill_weights', 'fresh_note', 'backbone']
 
 # %% ../../nbs/40_client.backbones.ipynb #7109945c
-import contextlib, copy, functools, os, sys
-from collections.abc import Callable, Sequence
+import contextlib, copy, functools, hashlib, os, pickle, sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import URLError
+from urllib.parse import urlparse
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +35,7 @@ class Backbone(NamedTuple):
     make: Callable[[int], nn.Module] # Makes the network for so many classes
     form: Format # The images it expects
 
+# %% ../../nbs/40_client.backbones.ipynb #a9efdb0b
 BACKBONES: dict[str, Backbone] = {'rescnn': Backbone(ResCNN, Format(1, (0.25,), (0.35,), 16))}
 
 # %% ../../nbs/40_client.backbones.ipynb #1b03fde6
@@ -85,7 +89,10 @@ def misfit(
     try: model(torch.empty(1, channels, size, size, device='meta'))
     except (RuntimeError, AssertionError, ValueError) as e: return str(e)
 
-def on_meta(model: nn.Module) -> nn.Module: # A copy with shapes and no values
+# %% ../../nbs/40_client.backbones.ipynb #60a3601a
+def on_meta(
+    model: nn.Module, # Any network
+) -> nn.Module: # A copy with shapes and no values
     "`model` on the meta device."
     return copy.deepcopy(model).to('meta').eval()
 
@@ -128,6 +135,16 @@ def head_name(
     if not names: raise InputError(f'{type(model).__name__} has no linear layer to replace as a head')
     return names[-1]
 
+# %% ../../nbs/40_client.backbones.ipynb #e2a4c65f
+def bare_classifier(
+    model: nn.Module, # A classification network, changed in place: its classifier is taken off
+    name: str, # The classifier's name
+) -> int: # Features that are left at the end
+    "Take the whole classifier off; convolutions end in one average for each channel."
+    if isinstance(getattr(model, 'avgpool', None), nn.AdaptiveAvgPool2d): model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.set_submodule(name, nn.Identity())
+    return on_meta(model)(torch.empty(1, 3, 224, 224, device='meta')).shape[1]
+
 # %% ../../nbs/40_client.backbones.ipynb #7f32ae1b
 def new_head(
     model: nn.Module, # A classification network; it is changed in place
@@ -138,37 +155,51 @@ def new_head(
     "Give `model` a fresh head for `n_classes`."
     name = head_name(model)
     top = name.split('.')[0]
-    n_linear = sum(isinstance(m, nn.Linear) for m in model.get_submodule(top).modules())
-    if light and n_linear > 1:
-        name = top
-        if isinstance(getattr(model, 'avgpool', None), nn.AdaptiveAvgPool2d): model.avgpool = nn.AdaptiveAvgPool2d(1)
-        model.set_submodule(top, nn.Identity())
-        with torch.device('meta'): width = copy.deepcopy(model).to('meta').eval()(torch.empty(1, 3, 224, 224)).shape[1]
+    hidden = sum(isinstance(m, nn.Linear) for m in model.get_submodule(top).modules()) > 1
+    if light and hidden: name, width = top, bare_classifier(model, top)
     else: width = model.get_submodule(name).in_features
     with seeded(seed, 'head'): model.set_submodule(name, nn.Linear(width, n_classes))
     return model
+
+# %% ../../nbs/40_client.backbones.ipynb #623b47f9
+def weight_fault(
+    given: torch.Tensor, # What a file holds under a name
+    own: torch.Tensor, # What the network has under that name
+) -> str | None: # None when it fits
+    "Why a tensor of a file cannot take the place of the network's."
+    if given.shape != own.shape: return f'has shape {tuple(given.shape)}, not {tuple(own.shape)}'
+    if not given.isfinite().all(): return 'holds values that are not finite'
+    if not given.to(own.dtype).isfinite().all(): return f'holds values beyond the range of {own.dtype}: rescale them'
+
+# %% ../../nbs/40_client.backbones.ipynb #97fc9ca3
+def weights_faults(
+    given: State, # What a file holds, without a head
+    own: State, # What the network has
+    fresh: Sequence[str], # Names that the file lacks
+    optional: str, # What names begin with that a file may lack
+) -> list[str]:
+    "Everything that speaks against loading `given` into a network."
+    faults = [f'{k} is not in the network' for k in given if k not in own]
+    found = {k: weight_fault(v, own[k]) for k, v in given.items() if k in own}
+    faults += [f'{k} {fault}' for k, fault in found.items() if fault]
+    return faults + [f'{k} is missing' for k in fresh if not k.startswith(optional)]
 
 # %% ../../nbs/40_client.backbones.ipynb #80b7c207
 def load_weights(
     model: nn.Module, # The network, changed in place
     path: str | os.PathLike, # A safetensors file with the network's own tensor names
 ) -> list[str]: # Names of the tensors that the file lacks and that start fresh, the head's apart
-    "Load a file into all of `model` but its head. Raises `InputError` for weights of another architecture."
-    given, own, head = load_state(path), model.state_dict(), head_name(model)
-    given = {k: v for k, v in given.items() if not k.startswith(head + '.')}
+    "Load a file into all of `model` but its head. Raises `InputError` for weights that do not fit."
+    own, head = model.state_dict(), head_name(model)
+    given = {k: v for k, v in load_state(path).items() if not k.startswith(head + '.')}
     fresh = [k for k in own if k not in given and not k.startswith(head + '.')]
-    optional = head.split('.')[0] + '.'
-    wrong = [f'{k} is not in the network' for k in given if k not in own]
-    for k, v in given.items():
-        if k in own and v.shape != own[k].shape: 
-            wrong.append(f'{k} has shape {tuple(v.shape)}, not {tuple(own[k].shape)}')
-    wrong += [f'{k} holds values that are not finite' for k, v in given.items() if not v.isfinite().all()]
-    wrong += [f'{k} is missing' for k in fresh if not k.startswith(optional) and not k.endswith('num_batches_tracked')]
-    if len(wrong) > 3: wrong[3:] = [f'and {len(wrong) - 3} more']
-    if wrong:
-        raise InputError(f'weights file {str(path)!r} does not fit {type(model).__name__}: {"; ".join(wrong)}')
+    fresh = [k for k in fresh if not k.endswith('num_batches_tracked')]
+    faults = weights_faults(given, own, fresh, head.split('.')[0] + '.')
+    if len(faults) > 3: faults[3:] = [f'and {len(faults) - 3} more']
+    if faults:
+        raise InputError(f'weights file {str(path)!r} does not fit {type(model).__name__}: {"; ".join(faults)}')
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in given.items()}, strict=False)
-    return [k for k in fresh if not k.endswith('num_batches_tracked')]
+    return fresh
 
 # %% ../../nbs/40_client.backbones.ipynb #830c30aa
 class FrozenBatchNorm1d(nn.BatchNorm1d):
@@ -248,20 +279,56 @@ def printed_weights(
     with seeded(0, 'pretrain', 'weights'): model = ResCNN(len(data.classes), form.channels)
     return copy_state(pretrain(model, data, form).state_dict())
 
+# %% ../../nbs/40_client.backbones.ipynb #161be3a1
+def hub_file(
+    name: str, # A torchvision classification net
+) -> Path: # It may not be there yet
+    "Where the hub keeps the ImageNet weights of a network."
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    return Path(torch.hub.get_dir())/'checkpoints'/Path(urlparse(url).path).name
+
+# %% ../../nbs/40_client.backbones.ipynb #eb856e84
+def check_digest(
+    path: Path, # A file whose name ends in the first digits of its SHA-256: 'resnet18-f37072fd.pth'
+) -> None:
+    "Raise `InputError` if a file is not the one that its name promises; one that is not there is no matter."
+    promised = torch.hub.HASH_REGEX.search(path.name)
+    if not path.exists() or not promised: return
+    with open(path, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    if digest.startswith(promised.group(1)): return
+    raise InputError(f'weights file {str(path)!r} is damaged: its SHA-256 begins with {digest[:8]}, '
+                     f'its name says {promised.group(1)}; delete it, and it will be downloaded anew')
+
+# %% ../../nbs/40_client.backbones.ipynb #17fd219b
+@contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    "Within the block whoever calls `torch.load` reads tensors and runs no code; torch's own switch."
+    switch = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+    before = os.environ.get(switch)
+    os.environ[switch] = '1'
+    try: yield
+    finally:
+        if before is None: del os.environ[switch]
+        else: os.environ[switch] = before
+
 # %% ../../nbs/40_client.backbones.ipynb #362ef508
 def architecture(
     name: str, # 'rescnn' or a torchvision classification net
     weights: str | None = None, # Passed on to torchvision
 ) -> nn.Module:
-    "A network by name. Raises `InputError` with the nearest name, or when a download fails."
+    "A network by name. Raises `InputError` with the nearest name, or when its weights cannot be had or trusted."
     if name in BACKBONES: return BACKBONES[name].make(10)
     check_name(name, [*BACKBONES, *torchvision_names()], 'backbone')
+    if weights: check_digest(hub_file(name))
     try:
-        with contextlib.redirect_stdout(sys.stderr): # the hub prints what it downloads
+        with contextlib.redirect_stdout(sys.stderr), tensors_only(): # the hub prints what it downloads
             return torchvision.models.get_model(name, weights=weights)
     except (URLError, OSError) as e:
         raise InputError(f"weights='imagenet': the weights of {name} could not be downloaded ({e}); "
                          "give a safetensors file or 'random'") from None
+    except pickle.UnpicklingError:
+        raise InputError(f'weights file {str(hub_file(name))!r} holds more than tensors and was not loaded: '
+                         'delete it, and it will be downloaded anew') from None
 
 # %% ../../nbs/40_client.backbones.ipynb #8caee152
 def own_network(
@@ -319,6 +386,36 @@ def has_own_head(
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     return not linear or linear[-1].out_features == n_classes
 
+# %% ../../nbs/40_client.backbones.ipynb #6471ce92
+def body_of(
+    weights: State, # Weights of a `ResCNN`
+) -> State: # The same without its head
+    "All weights but those of the last layer."
+    return {k: v for k, v in weights.items() if not k.startswith('fc.')}
+
+# %% ../../nbs/40_client.backbones.ipynb #5994e5cb
+def fill_weights(
+    model: nn.Module, # A network with its old head, changed in place
+    weights: str, # As `check_weights` says
+) -> list[str]: # Names of tensors that a file lacks and that start fresh
+    "Give `model` the weights that were asked for. Raises `InputError` for a file that does not fit."
+    if weights == 'printed': model.load_state_dict(body_of(printed_weights()), strict=False)
+    if weights in ('printed', 'random', 'imagenet', 'own'): return []
+    return load_weights(model, weights)
+
+# %% ../../nbs/40_client.backbones.ipynb #72fc4dca
+def fresh_note(
+    model: nn.Module, # The network with its new head
+    called: str, # Its name
+    weights: str, # As `check_weights` says
+    fresh: Sequence[str], # From `fill_weights`
+) -> str | None: # None when nothing but the head starts fresh
+    "Which layers start from random weights, in words."
+    if weights == 'random': return f'{called}: all layers start from random weights'
+    there = dict(model.named_modules())
+    layers = {k.rpartition('.')[0] for k in fresh if k.rpartition('.')[0] in there}
+    if layers: return f"{called}: {', '.join(sorted(layers))} are not in {weights} and start from random weights"
+
 # %% ../../nbs/40_client.backbones.ipynb #11ea88c2
 def backbone(
     name: str | nn.Module | Callable[[int], nn.Module], # 'rescnn', a torchvision net or one of BACKBONES; or one's own
@@ -335,20 +432,11 @@ def backbone(
     check_name(head, ['stock', 'light'], 'head')
     check_name(bn, ['frozen', 'train'], 'batch-norm policy')
     weights, called = check_weights(name, weights), name if isinstance(name, str) else "one's own network"
-    model, fresh = make_network(name, n_classes, weights, seed), []
-    if weights == 'printed': model.load_state_dict(body_of(printed_weights()), strict=False)
-    elif weights == 'random': say(f'{called}: all layers start from random weights')
-    elif weights not in ('imagenet', 'own'): fresh = load_weights(model, weights)
+    model = make_network(name, n_classes, weights, seed)
+    fresh = fill_weights(model, weights)
     if head == 'light' or not has_own_head(name, model, n_classes):
         model = new_head(model, n_classes, seed, light=head == 'light')
-    fresh = sorted({k.rpartition('.')[0] for k in fresh} & {n for n, _ in model.named_modules()})
-    if fresh: say(f"{called}: {', '.join(fresh)} are not in {weights} and start from random weights")
+    note = fresh_note(model, called, weights, fresh)
+    if note: say(note)
     if bn == 'frozen': freeze_statistics(model)
     return freeze(model, frozen).eval()
-
-# %% ../../nbs/40_client.backbones.ipynb #6471ce92
-def body_of(
-    weights: State, # Weights of a `ResCNN`
-) -> State: # The same without its head
-    "All weights but those of the last layer."
-    return {k: v for k, v in weights.items() if not k.startswith('fc.')}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ImageSet', 'check_images', 'check_numbers', 'check_arrays', 'numbered_classes', 'from_arrays', 'contact_sheet',
-           'Splits', 'check_part', 'share', 'pick_of_each', 'hold_out', 'thin', 'check_classes', 'check_fraction',
-           'split', 'Format']
+           'Splits', 'check_part', 'share', 'pick_of_each', 'one_of_each', 'hold_out_by_owner', 'hold_out', 'thin',
+           'check_classes', 'check_fraction', 'split', 'Format']
 
 # %% ../../nbs/10_data.images.ipynb #7cacbd96
 from collections.abc import Sequence
@@ -206,13 +206,42 @@ def pick_of_each(
     for k, size in enumerate(sizes): picked.append(gen.permutation(np.flatnonzero(y == k))[:size])
     return np.sort(np.concatenate(picked))
 
+# %% ../../nbs/10_data.images.ipynb #c55b51ae
+def one_of_each(
+    names: np.ndarray, # A number for each image (n,)
+    gen: np.random.Generator, # Draws them
+) -> np.ndarray: # int64, positions in order of the numbers
+    "One random position for each number that there is."
+    order = gen.permutation(len(names))
+    _, first = np.unique(names[order], return_index=True)
+    return order[first]
+
+# %% ../../nbs/10_data.images.ipynb #28e868cf
+def hold_out_by_owner(
+    data: ImageSet, # Images on the CPU, with owners
+    fraction: float, # The share to hold out, between 0 and 1
+    gen: np.random.Generator, # Draws them
+) -> tuple[ImageSet, ImageSet]: # What is left, and what is held out
+    "Hold out a share of each natural client's images. No client and no class loses its last one."
+    y, owners = data.labels.numpy(), data.owners.numpy()
+    kept, held = np.concatenate([one_of_each(owners, gen), one_of_each(y, gen)]), []
+    wanted = share(np.bincount(owners), int(len(data)*fraction + 0.5), gen)
+    for owner, size in enumerate(wanted):
+        free = np.setdiff1d(np.flatnonzero(owners == owner), kept)
+        counts = np.bincount(y[free], minlength=len(data.classes))
+        sizes = share(counts, min(size, len(free)), gen)
+        held.append(free[pick_of_each(data.subset(free), sizes, gen)])
+    held = np.sort(np.concatenate(held))
+    return data.subset(np.setdiff1d(np.arange(len(data)), held)), data.subset(held)
+
 # %% ../../nbs/10_data.images.ipynb #42fcad61
 def hold_out(
     data: ImageSet, # Images on the CPU
     fraction: float, # The share to hold out, between 0 and 1
     gen: np.random.Generator, # Draws them
 ) -> tuple[ImageSet, ImageSet]: # What is left, and what is held out
-    "Hold out a stratified part of `data`."
+    "Hold out a part of `data`, stratified by class, and by natural client where there are any."
+    if data.owners is not None: return hold_out_by_owner(data, fraction, gen)
     counts = np.bincount(data.labels, minlength=len(data.classes))
     wanted = share(counts, int(len(data)*fraction + 0.5), gen)
     held = pick_of_each(data, np.minimum(wanted, np.maximum(counts - 1, 0)), gen)

@@ -145,7 +145,8 @@ def as_clients_see(
     title = title or f'one image as {n_clients} clients see it'
     contact_sheet(sheet, len(sheet), ax=ax, title=title, columns=n_clients)
     h, w = data.images.shape[2] + 1, data.images.shape[3] + 1
-    ax.set_yticks([h*(r + 0.5) - 1 for r in range(len(rows))], [f'{kind} {s:g}' for kind, s in skews])
+    middles = [h*(r + 0.5) - 1 for r in range(len(rows))]
+    ax.set_yticks(middles, [f'{kind} {s:g}' for kind, s in skews])
     ax.set_xticks([w*(i + 0.5) - 1 for i in range(n_clients)], range(n_clients))
     ax.set(xlabel='client')
     return ax

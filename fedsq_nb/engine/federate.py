@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['sample_clients', 'absent_clients', 'opened', 'Diverged', 'RoundVoid', 'void_reason', 'json_ready', 'Sampling',
-           'Limits', 'Listeners', 'Renewal', 'Memory', 'Federation', 'message_bytes', 'drift_and_loss',
+           'Limits', 'Listeners', 'Renewal', 'Memory', 'Federation', 'takes_seed', 'message_bytes', 'drift_and_loss',
            'without_control', 'row_without_results', 'checkpoint_checksum', 'read_checkpoint']
 
 # %% ../../nbs/62_engine.federate.ipynb #1f94566e
 import dataclasses, hashlib, json, math, time
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,8 @@ def collect(self: Federation,
     "Have the clients trained and part the good updates from the others."
     if hasattr(self.train, 'client_states'): self.train.client_states = self.memory.client_states
     updates, failures, arrived = [], [], 0
-    for asked, answer in self.execute(self.train, self.state, clients, round):
+    seed = {'seed': self.seed} if takes_seed(self.execute) else {}
+    for asked, answer in self.execute(self.train, self.state, clients, round, **seed):
         arrived += message_bytes(answer)
         update = opened(asked, answer, clients, lambda message: self.decode(message, self.state))
         if isinstance(update, Failure): failures.append(update)
@@ -202,6 +204,13 @@ def collect(self: Federation,
     good, refused = screen_updates(updates, self.state, round=round, **limits)
     return good, sorted(failures + refused, key=lambda f: f.client), arrived
 
+def takes_seed(
+    execute: Callable, # Runs the local trainings of a round
+) -> bool:
+    "Does this executor ask for the run's seed, which names the global random streams of clients?"
+    return 'seed' in signature(execute).parameters
+
+# %% ../../nbs/62_engine.federate.ipynb #efd6a9e4
 def message_bytes(
     answer: Update | Exception, # What came from a client
 ) -> int: # 0 for what is no update

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'SAME', 'BESIDE', 'has_rule', 'RuleTracer', 'check_model', 'trace', 'traced_once', 'further_arguments',
-           'constant_function', 'must_stay', 'tidy', 'overwrites', 'shares_memory', 'memory_of', 'spare_input',
+           'constant_function', 'must_stay', 'tidy', 'overwrites', 'shares_memory', 'memory_root', 'spare_input',
            'read_results', 'check_views', 'path_of', 'sites_of', 'parameters_of', 'is_constant', 'only_shape',
            'Depends', 'values_of', 'dependence', 'matches', 'check_weights_unused', 'units_of', 'UnitsInside',
            'no_rule', 'is_untraced_function', 'is_untraced_layer', 'call_layer', 'untraced_unit', 'rewrite', 'item',
@@ -191,7 +191,7 @@ def shares_memory(
     return node.op in ('call_function', 'call_method') and operation(node.target) in VIEWS
 
 # %% ../../nbs/34_gating.graph.ipynb #24a3f46c
-def memory_of(
+def memory_root(
     node: fx.Node, # One operation
     model: nn.Module, # The model it was traced from
 ) -> fx.Node: # Where the memory of the result was made
@@ -207,7 +207,7 @@ def spare_input(
 ) -> None:
     "Let a network that overwrites its input work on a copy."
     writing = [n for n in graph.nodes if n.all_input_nodes and overwrites(n, model)]
-    if not any(memory_of(n, model) is first for n in writing): return
+    if not any(memory_root(n, model) is first for n in writing): return
     with graph.inserting_after(first): own = graph.call_method('clone', (first,))
     first.replace_all_uses_with(own, delete_user_cb=lambda user: user is not own)
 
@@ -234,9 +234,9 @@ def check_views(
     model: nn.Module, # The model it was traced from
 ) -> None:
     "Raise `TypeError` if another view of the same memory is read later."
-    base = memory_of(over, model)
+    base = memory_root(over, model)
     for other, at in order.items():
-        if other is over or at >= order[node] or memory_of(other, model) is not base: continue
+        if other is over or at >= order[node] or memory_root(other, model) is not base: continue
         if any(order[user] > order[node] for user in other.users):
             raise TypeError(f'{operation(node.target) or node.name} overwrites a view, and {other.name}, which shares '
                             'its memory, is read later: write it without changing values in place')

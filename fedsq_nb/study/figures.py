@@ -6,7 +6,7 @@
 __all__ = ['FIRST', 'COLOURS', 'DASHES', 'MARKERS', 'name_number', 'method_colour', 'method_styles', 'Picture', 'plain_text',
            'by_round', 'draw_crosses', 'draw_method', 'best_mean', 'finding', 'column_name', 'is_share', 'dress',
            'draw_curves', 'curves', 'averaging_curves', 'site_shares', 'gate_shares', 'highest', 'gate_title',
-           'draw_gates', 'gate_maps', 'read_counts', 'partition_maps']
+           'draw_gates', 'gate_maps', 'read_counts', 'shortened', 'map_axes', 'partition_maps']
 
 # %% ../../nbs/79_study.figures.ipynb #e47bdeac
 import io, os, zlib
@@ -327,16 +327,38 @@ def read_counts(
     if not counts: raise InputError('partition.json holds no counts')
     return counts, saved.get('classes')
 
+# %% ../../nbs/79_study.figures.ipynb #7a1c55e0
+def shortened(
+    name: object, # A class
+    most: int = 20, # Characters
+) -> str:
+    "`name`, with an ellipsis in its middle when it is long."
+    text = visible(name)
+    if len(text) <= most: return text
+    return f'{text[:most // 2]}…{text[1 - most // 2:]}'
+
+# %% ../../nbs/79_study.figures.ipynb #7a1c55e1
+def map_axes(
+    n: int, # How many maps
+    clients: int, # Rows of each
+    classes: int, # Columns of each
+) -> tuple[Picture, list[Axes]]:
+    "Room for maps: side by side, or below one another when they are wide."
+    if classes <= 12:
+        fig = Picture(height=4.2)
+        return fig, list(fig.subplots(1, n, squeeze=False).ravel())
+    fig = Picture(height=.4 + n * (1.6 + .2 * min(clients, 20)))
+    return fig, list(fig.subplots(n, 1, squeeze=False).ravel())
+
 # %% ../../nbs/79_study.figures.ipynb #a7c4f29d
 def partition_maps(
     folder: str | os.PathLike, # A run folder
 ) -> Picture: # Clients x classes, one map per seed, three at most
     "The partition of a run. Raises `InputError` when `partition.json` is missing or cannot be read."
     counts, classes = read_counts(folder)
-    names = [plain_text(name) for name in classes or []]
+    names = [plain_text(shortened(name)) for name in classes or []]
     shown = list(counts.items())[:3]
-    fig = Picture(height=4.2)
-    axes = fig.subplots(1, len(shown), squeeze=False)[0]
+    fig, axes = map_axes(len(shown), *shown[0][1].shape)
     for ax, (seed, c) in zip(axes, shown): heat_map(c, names or None, ax=ax, title=f'seed {seed}')
     held = [(c > 0).sum(axis=1).mean() for c in counts.values()]
     mean, of = np.mean(held), shown[0][1].shape[1]

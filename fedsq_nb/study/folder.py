@@ -6,7 +6,7 @@
 __all__ = ['FILES', 'NEEDED', 'NUMBERS', 'HELD_LOCKS', 'RunFolder', 'holds_run', 'is_begun', 'sealed_line', 'append_row',
            'open_line', 'read_lines', 'tidy_rows', 'read_rows', 'read_settings', 'chosen_rates', 'read_origin',
            'read_partition', 'read_calibration', 'drop_locks', 'lock_folder', 'sole_writer', 'check_writable',
-           'files_of_run', 'claim', 'check_same_partition', 'check_whole', 'check_same_settings']
+           'files_of_run', 'claim', 'check_same_partition', 'check_files', 'check_same_settings']
 
 # %% ../../nbs/75_study.folder.ipynb #3ab34097
 import contextlib, dataclasses, errno, hashlib, json, os, shutil, tomllib, zlib
@@ -54,6 +54,7 @@ def holds_run(
     "Are there settings of a run in `folder`?"
     return RunFolder(Path(folder)).settings.is_file()
 
+# %% ../../nbs/75_study.folder.ipynb #4b82d8df
 def is_begun(
     folder: str | os.PathLike, # Any folder
 ) -> bool: # True as well when the folder cannot be looked into any more
@@ -150,6 +151,7 @@ def read_settings(
         settings |= value if is_group else {name: value}
     return settings
 
+# %% ../../nbs/75_study.folder.ipynb #9a6aaae8
 def chosen_rates(
     folder: str | os.PathLike, # A run folder
 ) -> dict[str, float]: # Learning rate by method; empty when none is chosen yet
@@ -180,6 +182,7 @@ def read_partition(
     except OSError as e: raise InputError(f'{path.name} cannot be read: {e.strerror}') from None
     except ValueError: raise InputError(f'{path.name} cannot be read: it is not JSON') from None
 
+# %% ../../nbs/75_study.folder.ipynb #10f8c5ec
 def read_calibration(
     folder: str | os.PathLike, # A run folder
 ) -> list[dict]: # One for each rate tried, and for each trial that lost a client; empty when rates were given
@@ -196,6 +199,7 @@ def read_calibration(
 try: import fcntl
 except ImportError: fcntl = None  # no Unix: nobody is locked out
 
+# %% ../../nbs/75_study.folder.ipynb #51d2218d
 HELD_LOCKS = set()  # file descriptors of the folders that this process writes to
 
 def drop_locks() -> None:
@@ -243,6 +247,7 @@ def check_writable(
     as_who = {'effective_ids': os.access in os.supports_effective_ids}
     if not os.access(top, os.W_OK | os.X_OK, **as_who): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
+# %% ../../nbs/75_study.folder.ipynb #de4208d3
 def files_of_run(
     folder: Path, # Any folder
 ) -> list[Path]: # Those that are there
@@ -382,7 +387,7 @@ def digests(self: RunFolder) -> dict[str, str]: # SHA-256 in hexadecimal digits,
     return found
 
 # %% ../../nbs/75_study.folder.ipynb #775f2818
-def check_whole(
+def check_files(
     folder: str | os.PathLike, # A run folder
 ) -> None:
     "Raise `InputError` when a file of a complete run is not as it was written, naming the first such file."

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..client.learner import accuracy_by_class, evaluate, trained_copy
+from ..client.learner import OWN_TENSORS, accuracy_by_class, evaluate, trained_copy, under
 from ..core import InputError, State, Update, state_hash
 from ..data.batches import Batches
 from ..gating.dualcopy import DualCopy
@@ -99,8 +99,7 @@ def whole_state(
     update: Update, # What a client sent
 ) -> State: # By name
     "A client's whole network: what it sent, and what it keeps to itself."
-    kept = {n.removeprefix('home/'): t for n, t in update.client_state.items() if n.startswith('home/')}
-    return update.state | kept
+    return update.state | under(update.client_state, OWN_TENSORS)
 
 # %% ../../nbs/72_study.measure.ipynb #9f15d767
 def client_accuracies(

@@ -369,9 +369,10 @@ add_method('clipped', Method(wrap_rule=clipped_changes, source=Source(
     'Sun 2019', "the limit is the round's median unless given")))
 
 # %% ../../nbs/70_study.methods.ipynb #635940fe
-def private_mean(dp_clip: float, dp_noise: float, clients_per_round: int, seed: int) -> PrivateFedAvg:
-    "A mean with noise."
-    return PrivateFedAvg(dp_clip, dp_noise, clients_per_round, seed)
+def private_mean(dp_clip: float, dp_noise: float, dp_seeded_noise: bool, clients_per_round: int,
+                 seed: int) -> PrivateFedAvg:
+    "A mean with noise, from the operating system unless a test asks for the seed's."
+    return PrivateFedAvg(dp_clip, dp_noise, clients_per_round, seed if dp_seeded_noise else None)
 
 add_method('private', Method(
     rule=private_mean, private=True, settings=(('norm_limit', 0.), ('weight_limit', 0.)), source=Source(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAGE_STYLE', 'TABLE_STYLE', 'STYLE', 'BAND', 'GATES', 'HELD', 'AVERAGED', 'PARTITION_SETTINGS', 'escaped',
            'html_cell', 'html_table', 'html_picture', 'html_warning', 'picture_part', 'rate_cell', 'calibration_part',
-           'failure_part', 'flat', 'settings_part', 'origin_part', 'averaging_part', 'sections', 'facts', 'page_title',
-           'page_html', 'report']
+           'failure_part', 'flat', 'settings_part', 'origin_part', 'averaging_part', 'privacy_notes', 'sections',
+           'facts', 'page_title', 'page_html', 'report']
 
 # %% ../../nbs/80_study.report.ipynb #fce45135
 import base64, html, io, json, os
@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from ..core import InputError, atomic_write
+from .config import Config, read_toml
+from .task import privacy_promise
 from .figures import averaging_curves, curves, gate_maps, method_colour, partition_maps
 from .folder import RunFolder, read_origin, read_rows, read_settings
 from .summary import averaging, calibration, edge_warnings, failures, missing
-from .tables import averaging_notes, count, headline, notes
+from .tables import averaging_notes, count, headline, notes, replayed
 from .tables import origin_changes, origin_table, table, visible
 
 # %% ../../nbs/80_study.report.ipynb #e2995463
@@ -233,13 +235,26 @@ def averaging_part(
     return [('What averaging does', picture_part(draw, 'gap and accuracy of clients by round', AVERAGED) + listed)]
 
 # %% ../../nbs/80_study.report.ipynb #18c740f2
+def privacy_notes(
+    folder: Path, # A run folder
+    rows: DataFrame, # Its rows
+) -> list[str]: # A sentence, where a method is private
+    "What a run promises its clients by what it has released; one of a version that kept no count was seeded."
+    own = [name for name in rows.method.unique() if 'private' in name.split('+')]
+    if not own: return []
+    try: config = Config(**read_toml(RunFolder(folder).settings))
+    except InputError as error: return [f'private: no promise, because the settings cannot be read: {error}']
+    if 'releases' not in rows: config = config.replace(dp_seeded_noise=True)
+    return [privacy_promise(config, replayed(rows))]
+
+# %% ../../nbs/80_study.report.ipynb #7473af51
 def sections(
     folder: Path, # A run folder
     rows: DataFrame, # Its rows
     baseline: str, # The method that others are held against
 ) -> list[tuple[str, str]]: # Titles and HTML
     "The sections of the page."
-    listed = ''.join(f'<li>{escaped(note)}</li>' for note in notes(rows))
+    listed = ''.join(f'<li>{escaped(note)}</li>' for note in [*notes(rows), *privacy_notes(folder, rows)])
     result = html_table(table(rows, baseline)) + f'<ul class="notes">{listed}</ul>'
     by_round = picture_part(lambda: curves(rows), 'validation accuracy by round for each method', BAND)
     held = picture_part(lambda: partition_maps(folder), 'images per client and class', HELD)

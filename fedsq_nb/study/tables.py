@@ -6,7 +6,7 @@
 __all__ = ['CUT', 'MARKUP', 'ORIGIN_NAMES', 'visible', 'human_bytes', 'with_interval', 'table_line', 'table', 'cell_lines',
            'column_sizes', 'table_width', 'wrapped', 'one_table', 'longest_piece', 'text_table', 'markdown_line',
            'markdown_table', 'count', 'difference', 'verdict', 'lead_text', 'headline', 'averaging_notes',
-           'method_notes', 'notes', 'origin_table', 'origin_changes', 'origin_text']
+           'method_notes', 'replayed', 'replay_notes', 'notes', 'origin_table', 'origin_changes', 'origin_text']
 
 # %% ../../nbs/78_study.tables.ipynb #5417c804
 import shutil, textwrap
@@ -259,6 +259,24 @@ def method_notes(
     return out
 
 # %% ../../nbs/78_study.tables.ipynb #8f7e0bd8
+def replayed(
+    rows: DataFrame, # Rows of a run
+) -> int: # Of the run that has most of them
+    "Noisy models of private methods beyond one a round: rounds that were played again after a stop."
+    if 'releases' not in rows: return 0
+    runs = rows.dropna(subset='releases').groupby(['method', 'seed'])
+    return int((runs.releases.max() - runs.size()).clip(lower=0).max()) if len(runs) else 0
+
+def replay_notes(
+    rows: DataFrame, # Rows of a run
+) -> list[str]: # A sentence, if there is something to say
+    "What a stop has cost private methods."
+    n = replayed(rows)
+    if not n: return []
+    return [f'private: after stops up to {count(n, "round")} of a run may have been played twice, with other noise; '
+            'the promise in the report counts them.']
+
+# %% ../../nbs/78_study.tables.ipynb #4e58686e
 def notes(
     rows: DataFrame, # Rows of a run
 ) -> list[str]: # Sentences of plain text
@@ -275,7 +293,7 @@ def notes(
         'Differences are in percentage points, paired by seed, and not corrected for looking at several methods.',
         'Up and down: bytes per round, all clients together, averaged over rounds. '
         'Time: all rounds of a run, evaluation apart.',
-        *method_notes(s), *averaging_notes(rows)]
+        *method_notes(s), *replay_notes(rows), *averaging_notes(rows)]
 
 # %% ../../nbs/78_study.tables.ipynb #0b74c48e
 ORIGIN_NAMES = {'data': 'images, labels and owners', 'network': 'network before any training',

@@ -173,7 +173,7 @@ def local_training(
     gates = stage.own_gates('train') if gated else None
     return LocalTraining(DualCopy(net) if gated else net, data, parts, stage.form, lr=cell.rate, epochs=cell.epochs,
                          batch_size=settings.batch, momentum=settings.momentum, stored_gates=gates,
-                         order=torch.channels_last, precision=PRECISIONS[settings.precision], seed=cell.seed,
+                         memory_format=torch.channels_last, precision=PRECISIONS[settings.precision], seed=cell.seed,
                          device=stage.device)
 
 def asked(
