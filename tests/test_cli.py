@@ -12,7 +12,7 @@ from PIL import Image
 from fedsq_nb import __version__
 from fedsq_nb.data.example import ResCNN
 from fedsq_nb.cli import main
-from fedsq_nb.study.settings import SETTINGS
+from fedsq_nb.study.settings import SETTINGS, value_text
 from fedsq_nb.study.config import Config, read_toml
 from fedsq_nb.study.folder import read_lines
 
