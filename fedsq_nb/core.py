@@ -79,10 +79,15 @@ def seeded(
 ) -> Iterator[None]:
     "Within the block torch's global generator follows the stream `path`; afterwards it is as it was."
     number = _entropy(seed, path) % 2**63
-    with torch.random.fork_rng(devices=range(_gpus())):
-        if _gpus(): torch.manual_seed(number)
-        else: torch.default_generator.manual_seed(number)  # ten times as fast as looking for other devices each time
-        yield
+    if _gpus():
+        with torch.random.fork_rng(devices=range(_gpus())):
+            torch.manual_seed(number)
+            yield
+        return
+    before = torch.default_generator.get_state()  # without GPUs: the same, in a third of the time
+    torch.default_generator.manual_seed(number)
+    try: yield
+    finally: torch.default_generator.set_state(before)
 
 @functools.cache
 def _gpus() -> int: return torch.cuda.device_count()

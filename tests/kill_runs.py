@@ -15,7 +15,7 @@ import fedsq_nb.study.experiment  # loaded once, and inherited by every run
 import fedsq_nb.study.report
 from fedsq_nb.cli import main
 from fedsq_nb.study.config import read_toml
-from fedsq_nb.study.folder import RunFolder, check_whole, chosen_rates, is_begun, read_lines
+from fedsq_nb.study.folder import RunFolder, check_files, chosen_rates, is_begun, read_lines
 
 SHORT = ('--weights random --seeds 1 --rounds 3 --methods fedavg,fedsq --clients 3 --alpha 5 --min-size 2 --batch-size 8 '
          '--max-train 40 --test-fraction 0.05 --valid-fraction 0.05').split()
@@ -41,7 +41,7 @@ def start(argv, log):
 def record(folder):
     "All that two runs must have in common, by name."
     run = RunFolder(folder)
-    check_whole(folder)
+    check_files(folder)
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
     for name in ('rounds.jsonl', 'config.toml', 'SHA256SUMS'): del found[name]
     found['rows'] = [{k: v for k, v in row.items() if not k.endswith('seconds')} for row in read_lines(run.rounds)]

@@ -68,7 +68,7 @@ UNEVEN = tuple(rng(0, 'bench', 'sizes').integers(20, 61, 1000).tolist())
 SHAPES = {
     'resnet18': Shape(resnet, (128,)*10, 10, 1, 64, RGB, 1.02),
     'cnn': Shape(small_cnn, (50,)*1000, 50, 10, 10, GREY, 1.05),
-    'logistic': Shape(logistic, UNEVEN, 10, 100, 10, GREY, 1.0)}
+    'logistic': Shape(logistic, UNEVEN, 10, 100, 10, GREY, 1.2)}
 
 # %% ../../nbs/84_bench.engine.ipynb #5491187a
 def bare_training(

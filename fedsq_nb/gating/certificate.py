@@ -6,7 +6,7 @@
 __all__ = ['Trial', 'declared_of', 'in_type', 'one_copy', 'tensors_of', 'worst', 'Finding', 'Certificate', 'memory_of', 'rows',
            'with_other_company', 'alike', 'check_same', 'probe', 'runs_in_double', 'calm', 'certify']
 
-# %% ../../nbs/35_gating.certificate.ipynb #33c8cbf4
+# %% ../../nbs/35_gating.certificate.ipynb #6d1a5d77
 import copy, math, time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,7 +23,7 @@ from .definition import CertificateError, Declared, Neutral, Place, Watch, run_o
 from .gates import Gates
 from .graph import RuleTracer, matches, merged
 
-# %% ../../nbs/35_gating.certificate.ipynb #782bc125
+# %% ../../nbs/35_gating.certificate.ipynb #f02b46d7
 class Trial:
     "The original and the copy, in double precision where they run in it, for the time of a check."
     def __init__(self,
@@ -43,7 +43,7 @@ class Trial:
         self.declared = declared_of(copied, self.net)
         self.limit, self.noise = 1e-8 if double else 1e-3, {}
 
-# %% ../../nbs/35_gating.certificate.ipynb #d053cf9a
+# %% ../../nbs/35_gating.certificate.ipynb #9db3fcbc
 def declared_of(
     copied: Any, # A `DualCopy`
     net: nn.Module, # The original, as it will run
@@ -54,7 +54,7 @@ def declared_of(
     def plain(site): return matches(site, copied.plain)
     return Declared(copied.options, plain, bool(copied.plain), copied.unknown == 'plain', leaves, copied.fixed)
 
-# %% ../../nbs/35_gating.certificate.ipynb #6dceeab5
+# %% ../../nbs/35_gating.certificate.ipynb #51479b34
 def in_type(
     x: Any, # A tensor, or whatever holds some
     double: bool, # In double precision?
@@ -66,7 +66,7 @@ def in_type(
         return t.double() if double and t.is_floating_point() else t
     return tree_map(one, x)
 
-# %% ../../nbs/35_gating.certificate.ipynb #c3d8661d
+# %% ../../nbs/35_gating.certificate.ipynb #d5f35baf
 def one_copy(
     net: nn.Module, # Any network
     double: bool, # In double precision?
@@ -75,7 +75,7 @@ def one_copy(
     net = copy.deepcopy(net).eval()
     return net.double() if double else net
 
-# %% ../../nbs/35_gating.certificate.ipynb #76db5020
+# %% ../../nbs/35_gating.certificate.ipynb #abd1d92a
 @patch
 def load(self: Trial,
     values: dict[str, Tensor], # Of trained tensors, by name
@@ -86,7 +86,7 @@ def load(self: Trial,
             for n, p in net.named_parameters():
                 if n in values: p.copy_(values[n])
 
-# %% ../../nbs/35_gating.certificate.ipynb #62e7ba0d
+# %% ../../nbs/35_gating.certificate.ipynb #70908a76
 @patch
 def moved(self: Trial,
     draw: int, # Which of many directions
@@ -95,7 +95,7 @@ def moved(self: Trial,
     "The trained tensors, far from where they start."
     return {n: start + size * self.direction(n, draw) for n, start in self.start.items()}
 
-# %% ../../nbs/35_gating.certificate.ipynb #40ac3fe5
+# %% ../../nbs/35_gating.certificate.ipynb #a5e8e97b
 @patch
 def direction(self: Trial,
     name: str, # A trained tensor
@@ -109,7 +109,7 @@ def direction(self: Trial,
         self.noise[name] = noise.to(start.dtype) * spread.nan_to_num(0.).clamp_min(0.1)
     return self.noise[name].flatten().roll(97*draw).view_as(self.noise[name]) * (-1)**draw
 
-# %% ../../nbs/35_gating.certificate.ipynb #f2462002
+# %% ../../nbs/35_gating.certificate.ipynb #37fdabf8
 @patch
 def gates_of(self: Trial,
     x: Any, # Inputs
@@ -117,7 +117,7 @@ def gates_of(self: Trial,
     "The copy's decisions."
     with torch.no_grad(): return merged(self.copied.functions.gates(self.structural, in_type(x, False)))
 
-# %% ../../nbs/35_gating.certificate.ipynb #e955ce7a
+# %% ../../nbs/35_gating.certificate.ipynb #7dff3639
 @patch
 def output(self: Trial,
     x: Any, # Inputs
@@ -133,7 +133,7 @@ def output(self: Trial,
     self.quantitative.eval()
     return tensors_of(out)
 
-# %% ../../nbs/35_gating.certificate.ipynb #23c1ff68
+# %% ../../nbs/35_gating.certificate.ipynb #15e39ee0
 def tensors_of(
     out: Any, # A network's output: a tensor, a tuple, a dictionary
 ) -> list[Tensor]: # Those of real numbers
@@ -143,7 +143,7 @@ def tensors_of(
         if isinstance(t, Tensor) and t.is_floating_point(): found.append(t)
     return found
 
-# %% ../../nbs/35_gating.certificate.ipynb #25579898
+# %% ../../nbs/35_gating.certificate.ipynb #16a36f2b
 def worst(
     a: list[Tensor], # Tensors
     b: list[Tensor], # The ones they should equal
@@ -159,7 +159,7 @@ def worst(
         error = max(error, math.inf if math.isnan(far) else far)
     return error
 
-# %% ../../nbs/35_gating.certificate.ipynb #b299890b
+# %% ../../nbs/35_gating.certificate.ipynb #fce3207f
 @patch
 def original(self: Trial,
     given: dict | None = None, # Decisions to apply; None to record its own
@@ -177,7 +177,7 @@ def original(self: Trial,
                                f'{reason}; name the site in plain=, or write it with an operation that has a rule')
     return tensors_of(out), watch
 
-# %% ../../nbs/35_gating.certificate.ipynb #a3974401
+# %% ../../nbs/35_gating.certificate.ipynb #be6aad73
 class Finding(NamedTuple):
     "One line of a certificate."
     property: str # What must hold
@@ -185,7 +185,7 @@ class Finding(NamedTuple):
     error: float | None # The worst relative error; None where there is no number
     verdict: str # 'holds', or why it cannot be asked of this network
 
-# %% ../../nbs/35_gating.certificate.ipynb #cc487590
+# %% ../../nbs/35_gating.certificate.ipynb #e8ffe56e
 class Certificate:
     "What was checked of one copy, and found."
     def __init__(self,
@@ -202,7 +202,7 @@ class Certificate:
             lines.append(f'{f.property}: {f.verdict}{number}')
         return '\n'.join(lines)
 
-# %% ../../nbs/35_gating.certificate.ipynb #26547c6c
+# %% ../../nbs/35_gating.certificate.ipynb #2d72895f
 @patch
 def summary(self: Certificate) -> str:
     "One line for a log."
@@ -212,7 +212,7 @@ def summary(self: Certificate) -> str:
     return (f'certified: {len(self.places)} places that decide{left}; {len(self.findings)} properties, worst error '
             f'{max(errors, default=0.):.1g}, {self.seconds:.1f} s')
 
-# %% ../../nbs/35_gating.certificate.ipynb #21aab356
+# %% ../../nbs/35_gating.certificate.ipynb #38574bd2
 @patch
 def _repr_markdown_(self: Certificate) -> str:
     rows = ['| property | how it was checked | worst error | verdict |', '|---|---|---|---|']
@@ -222,7 +222,7 @@ def _repr_markdown_(self: Certificate) -> str:
     if self.still: rows.append(f'\nTrained tensors that only decide, and stay as they are: {", ".join(self.still)}.')
     return '\n'.join([*rows, f'\n{self.summary()}.'])
 
-# %% ../../nbs/35_gating.certificate.ipynb #d68f1b80
+# %% ../../nbs/35_gating.certificate.ipynb #61e7063c
 @patch
 def held(self: Trial,
     property: str, # What must hold
@@ -236,7 +236,7 @@ def held(self: Trial,
     raise CertificateError(f'the copy is not what fixed gates make of {type(self.net).__name__}: {property} fails by '
                            f'{error:.2g} ({how}); {advice}')
 
-# %% ../../nbs/35_gating.certificate.ipynb #2aacc963
+# %% ../../nbs/35_gating.certificate.ipynb #bef46740
 @patch
 def check_definition(self: Trial) -> Finding:
     "Whether the copy is, with other weights, what the definition makes of the original."
@@ -253,14 +253,14 @@ def check_definition(self: Trial) -> Finding:
                      'some operation decides for itself or is computed differently: '
                      f'look at {self.first_lines()}')
 
-# %% ../../nbs/35_gating.certificate.ipynb #1ddfb759
+# %% ../../nbs/35_gating.certificate.ipynb #2ab2239a
 @patch
 def first_lines(self: Trial) -> str:
     "Where the original decides, for a message."
     lines = [p.line for p in self.places[:3]]
     return '; '.join(lines) or 'what the network does besides its layers (hooks, in-place operations)'
 
-# %% ../../nbs/35_gating.certificate.ipynb #8cc68d7a
+# %% ../../nbs/35_gating.certificate.ipynb #42219a93
 @patch
 def check_start(self: Trial) -> Finding:
     "Whether the copy starts as the original, on all three ways to run it."
@@ -272,7 +272,7 @@ def check_start(self: Trial) -> Finding:
     return self.held('1. starts as the original', 'outputs in evaluation mode, gates given or computed', error,
                      'something was lost on the way: a hook, a patched forward, a change in place')
 
-# %% ../../nbs/35_gating.certificate.ipynb #b5a30c8f
+# %% ../../nbs/35_gating.certificate.ipynb #914fc12a
 @patch
 def check_training(self: Trial) -> Finding:
     "Whether the copy is, in training mode and dropout aside, what the definition makes of the original."
@@ -280,15 +280,18 @@ def check_training(self: Trial) -> Finding:
     with torch.no_grad(), seeded(0, 'certificate', 'training'):
         out, watch = self.original(self.fixed, training=True)
         error = worst(self.output(self.x, self.gates, training=True), out)
-        if not watch.unmatched:
-            self.load(self.moved(2, 0.3))
-            out, _ = self.original(self.fixed, training=True)
-            error = max(error, worst(self.output(self.x, self.gates, training=True), out))
+        self.load(self.moved(2, 0.3))
+        out, _ = self.original(self.fixed, training=True)
+        error = max(error, worst(self.output(self.x, self.gates, training=True), out))
+    if watch.unmatched:
+        sites = ','.join(watch.unmatched)
+        raise CertificateError(f'{sites} decide in training mode only, and have no fixed gates: say so '
+                               f'with plain={sites!r}, or train without them')
     noisy = set(watch.random) - {'bernoulli', 'native_dropout'}
     if noisy: return Finding(name, how, None, f'does not apply: random numbers by {", ".join(sorted(noisy))}')
     return self.held(name, how, error, 'what runs in training mode is another network')
 
-# %% ../../nbs/35_gating.certificate.ipynb #d6057bdf
+# %% ../../nbs/35_gating.certificate.ipynb #9f5e3e26
 @patch
 def check_modes(self: Trial,
     x: Any, # The input as it was given
@@ -307,14 +310,14 @@ def check_modes(self: Trial,
     return self.held('2. gates do not depend on the mode', how, error,
                      'the structural copy runs differently in training mode')
 
-# %% ../../nbs/35_gating.certificate.ipynb #bb9f8413
+# %% ../../nbs/35_gating.certificate.ipynb #daa9f020
 def memory_of(
     tensors: Any, # Tensors
 ) -> set[int]: # A number for each piece
     "Which memory some tensors are in."
     return {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
 
-# %% ../../nbs/35_gating.certificate.ipynb #c1b6d44e
+# %% ../../nbs/35_gating.certificate.ipynb #a5b61437
 @patch
 def check_weights(self: Trial) -> Finding:
     "Whether decisions depend on what is trained."
@@ -325,7 +328,7 @@ def check_weights(self: Trial) -> Finding:
     return self.held('2. gates do not depend on trained weights', 'the structural copy has its own memory',
                      math.inf if shared or asks else 0., 'the structural copy shares tensors with the trained one')
 
-# %% ../../nbs/35_gating.certificate.ipynb #f7d4816d
+# %% ../../nbs/35_gating.certificate.ipynb #7c316d3b
 def rows(
     x: Any, # An input
     chosen: slice, # Which examples
@@ -333,7 +336,7 @@ def rows(
     "Some examples of an input."
     return tree_map(lambda t: t[chosen] if isinstance(t, Tensor) and t.ndim else t, x)
 
-# %% ../../nbs/35_gating.certificate.ipynb #2cf3983e
+# %% ../../nbs/35_gating.certificate.ipynb #9bde0cfe
 def with_other_company(
     x: Tensor, # Examples
 ) -> Tensor: # The first one as it is, the others moved
@@ -342,7 +345,7 @@ def with_other_company(
         if not x.is_floating_point(): return torch.cat([x[:1], x[1:].flip(-1)])
         return torch.cat([x[:1], 3*torch.randn_like(x[1:]) + x[1:].flip(0)])
 
-# %% ../../nbs/35_gating.certificate.ipynb #08044ad7
+# %% ../../nbs/35_gating.certificate.ipynb #5a6254de
 @patch
 def check_company(self: Trial) -> Finding:
     "Whether an example's output depends on who else is in the batch."
@@ -359,7 +362,7 @@ def check_company(self: Trial) -> Finding:
                      'some operation mixes the examples of a batch: the first dimension must be the batch, '
                      'and statistics must be stored ones')
 
-# %% ../../nbs/35_gating.certificate.ipynb #2a6d8500
+# %% ../../nbs/35_gating.certificate.ipynb #f427d6e5
 @patch
 def check_stored(self: Trial) -> Finding:
     "Whether gates can be computed an example at a time and put together."
@@ -375,7 +378,7 @@ def check_stored(self: Trial) -> Finding:
         found.append(parts.double())
     return self.held(name, how, worst(found, whole), 'an image would be trained under gates of its batch')
 
-# %% ../../nbs/35_gating.certificate.ipynb #aa0ee466
+# %% ../../nbs/35_gating.certificate.ipynb #4f4ce5a5
 @patch
 def scalar(self: Trial,
     out: list[Tensor], # An output
@@ -386,7 +389,7 @@ def scalar(self: Trial,
         for t in out: total = total + (t * torch.randn_like(t)).sum()
     return total
 
-# %% ../../nbs/35_gating.certificate.ipynb #cd4085d7
+# %% ../../nbs/35_gating.certificate.ipynb #f8a14cc3
 @patch
 def gradients(self: Trial,
     net: nn.Module, # Whose
@@ -398,13 +401,13 @@ def gradients(self: Trial,
     if not isinstance(total, Tensor) or not total.requires_grad: return dict.fromkeys(trained)
     return dict(zip(trained, torch.autograd.grad(total, list(trained.values()), allow_unused=True)))
 
-# %% ../../nbs/35_gating.certificate.ipynb #d6d8d788
+# %% ../../nbs/35_gating.certificate.ipynb #53e67659
 @patch
 def copy_gradients(self: Trial) -> dict[str, Tensor | None]:
     "The copy's gradients where its weights are now."
     return self.gradients(self.quantitative, self.output(self.x, self.gates))
 
-# %% ../../nbs/35_gating.certificate.ipynb #afe0530a
+# %% ../../nbs/35_gating.certificate.ipynb #b1de3e01
 def alike(
     a: dict[str, Tensor | None], # Gradients
     b: dict[str, Tensor | None], # The ones they should equal
@@ -418,7 +421,7 @@ def alike(
         error = max(error, float(far) / max(size, 1e-30))
     return error
 
-# %% ../../nbs/35_gating.certificate.ipynb #d27675c0
+# %% ../../nbs/35_gating.certificate.ipynb #620a0ffb
 @patch
 def check_original_gradient(self: Trial) -> Finding:
     "Whether the copy's gradient at the start is the original's."
@@ -428,7 +431,7 @@ def check_original_gradient(self: Trial) -> Finding:
     return self.held(name, how, alike(self.copy_gradients(), self.original_gradient),
                      'a backward of its own, or no_grad, was lost')
 
-# %% ../../nbs/35_gating.certificate.ipynb #3ae0dd5c
+# %% ../../nbs/35_gating.certificate.ipynb #45c4a49b
 @patch
 def check_still(self: Trial) -> Finding:
     "Whether tensors without a gradient are those that only decide."
@@ -446,7 +449,7 @@ def check_still(self: Trial) -> Finding:
     self.load(self.start)
     return self.held(name, how, error, f'no gradient reaches {", ".join(self.still[:3])}')
 
-# %% ../../nbs/35_gating.certificate.ipynb #5cb9c061
+# %% ../../nbs/35_gating.certificate.ipynb #babae1a2
 @patch
 def check_differences(self: Trial) -> Finding:
     "Whether the copy's gradient is the slope of its output, all tensors at once."
@@ -465,7 +468,7 @@ def check_differences(self: Trial) -> Finding:
     return self.held('4. the gradient is the slope', 'finite differences along a random direction', error,
                      'an operation has a backward that is not its derivative', limit=1e2)
 
-# %% ../../nbs/35_gating.certificate.ipynb #db047468
+# %% ../../nbs/35_gating.certificate.ipynb #9f866158
 @patch
 def affine_error(self: Trial,
     name: str, # A trained tensor
@@ -479,11 +482,11 @@ def affine_error(self: Trial,
         self.load({name: self.middle[name]})
     error = 0.
     for a, middle, b in zip(*ends):
-        size = float(torch.cat([a, middle, b]).abs().max())
+        size = float(torch.stack([a, middle, b]).abs().max())
         error = max(error, float((a + (b - a) * 3/8 - middle).abs().max()) / max(size, 1e-30))
     return error
 
-# %% ../../nbs/35_gating.certificate.ipynb #02fee86c
+# %% ../../nbs/35_gating.certificate.ipynb #391a1675
 @patch
 def check_affine(self: Trial,
     most: int = 6, # How many tensors to try, spread over the depth
@@ -502,7 +505,7 @@ def check_affine(self: Trial,
     self.load(self.start)
     return self.held(name, f'{len(chosen)} of {len(names)} tensors, {how}', error, 'with gates fixed nothing may bend')
 
-# %% ../../nbs/35_gating.certificate.ipynb #7b0ed928
+# %% ../../nbs/35_gating.certificate.ipynb #773a8ff7
 @patch
 def check_input(self: Trial) -> Finding:
     "Whether the copy leaves its input alone."
@@ -516,7 +519,7 @@ def check_input(self: Trial) -> Finding:
     return self.held('5. the input is not changed', 'before and after', math.inf if changed else 0.,
                      'an operation in place reaches the input')
 
-# %% ../../nbs/35_gating.certificate.ipynb #04e97cd3
+# %% ../../nbs/35_gating.certificate.ipynb #26110849
 @patch
 def prepare(self: Trial) -> None:
     "Run the original once, keep its decisions and its gradient, and ask the copy for its own."
@@ -527,7 +530,7 @@ def prepare(self: Trial) -> None:
     self.fixed, self.places, self.reused = watch.fixed, watch.places, watch.reused()
     self.gates = self.gates_of(self.x)
 
-# %% ../../nbs/35_gating.certificate.ipynb #1fdc80ca
+# %% ../../nbs/35_gating.certificate.ipynb #bf7f2376
 @patch
 def findings(self: Trial,
     x: Tensor, # The input as it was given
@@ -541,7 +544,7 @@ def findings(self: Trial,
     lines += [self.check_input(), definition]
     return [lines[0], self.check_training(), *lines[1:]]
 
-# %% ../../nbs/35_gating.certificate.ipynb #5cc6badf
+# %% ../../nbs/35_gating.certificate.ipynb #06445583
 def check_same(
     copied: Any, # A `DualCopy`
     original: nn.Module, # The network it was made from
@@ -553,21 +556,20 @@ def check_same(
         raise CertificateError(f'original= is not where the copy starts: tensor {name!r} differs; '
                                'certify before training, or leave original= out')
 
-# %% ../../nbs/35_gating.certificate.ipynb #daa5aeb6
+# %% ../../nbs/35_gating.certificate.ipynb #76f4c171
 def probe(
     x: Tensor, # Inputs, the first dimension being theirs
     examples: int = 2, # How many are enough
 ) -> Tensor: # As many, of another memory
-    "A few inputs; a single one gets another beside it."
+    "A few inputs; a single one gets another beside it, and one is enlarged so that more regimes are met."
     if not isinstance(x, Tensor) or not x.ndim:
         raise InputError(f'example of type {type(x).__name__} must be a tensor of inputs')
     x = x.detach()[:examples].clone()
-    if len(x) != 1: return x
-    with seeded(0, 'certificate', 'probe'):
-        other = x.flip(-1) if not x.is_floating_point() else 0.5*x.flip(-1) + torch.randn_like(x)
-    return torch.cat([x, other])
+    if not x.is_floating_point(): return torch.cat([x, x.flip(-1)])[:max(2, len(x))]
+    with seeded(0, 'certificate', 'probe'): other = 0.5*x[:1].flip(-1) + torch.randn_like(x[:1])
+    return torch.cat([x, 8*x[:1] if len(x) > 1 else other])
 
-# %% ../../nbs/35_gating.certificate.ipynb #fa5e6841
+# %% ../../nbs/35_gating.certificate.ipynb #8690d849
 def runs_in_double(
     net: nn.Module, # The original
     x: Tensor, # A few inputs
@@ -580,7 +582,7 @@ def runs_in_double(
     except (RuntimeError, TypeError): return False
     return True
 
-# %% ../../nbs/35_gating.certificate.ipynb #318cb1d7
+# %% ../../nbs/35_gating.certificate.ipynb #0d8bcbd5
 @contextmanager
 def calm(
     copied: Any, # A `DualCopy`
@@ -594,7 +596,7 @@ def calm(
         stack.enter_context(seeded(0, 'certificate'))
         yield
 
-# %% ../../nbs/35_gating.certificate.ipynb #1e89bd6e
+# %% ../../nbs/35_gating.certificate.ipynb #6651a9fa
 def certify(
     copied: Any, # A `DualCopy`
     x: Tensor, # A few examples, the first dimension being theirs

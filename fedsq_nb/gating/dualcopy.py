@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from ..core import check_name
 from .certificate import Certificate, certify
 from .gates import Gates
-from fedsq_nb.gating.graph import (
-    check_linear, common, cuts, frozen_names, layers_of, matches, merged, rewrite, side_by_side, sites_of, to_function,
-    trace, units_of)
+from .graph import (
+    check_linear, check_model, check_same_units, common, cuts, frozen_names, layers_of, matches, merged, rewrite,
+    side_by_side, sites_of, to_function, trace, units_of)
 from .rules import FAMILY, OPTIONS, ARGUMENTS, Unit
 
 # %% ../../nbs/36_gating.dualcopy.ipynb #b9afef80
@@ -45,6 +45,7 @@ class DualCopy(nn.Module):
         for name, value in self.options.items(): check_name(value, OPTIONS[name], f'{name} option')
         self.unknown = check_name(unknown, ('error', 'plain'), 'unknown option')
         self.plain, self.leaves, self.fixed = plain, tuple(leaves), fixed or {}
+        check_model(model)
         self.quantitative = copy.deepcopy(model)
         for name in frozen_names(model, freeze): self.quantitative.get_submodule(name).requires_grad_(False)
         self.frozen = {n for n, p in self.quantitative.named_parameters() if not p.requires_grad}
@@ -174,6 +175,7 @@ def compile_functions(self: DualCopy) -> None:
     given = rewrite(graph, units, given=True, collect=False)
     self.check(given, graph)
     self.symbols = {site: unit.symbols for site, (_, unit) in units.items()}
+    check_same_units(found, more)
     more = {site: unit for site, unit in more.items() if site in units}
     self.functions = Functions(
         training=to_function(rewrite(in_training, more, given=True, collect=False)),

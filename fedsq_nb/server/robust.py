@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBERS_AT_A_TIME', 'Memoryless', 'enough_updates', 'coordinate_blocks', 'by_coordinate', 'mean_of_kept', 'middle',
            'FedMedian', 'FedTrimmedAvg', 'changes', 'products', 'squared_distances', 'krum_order', 'Krum', 'MultiKrum',
-           'mean_near_median', 'Bulyan', 'weiszfeld', 'of_type', 'GeometricMedian', 'shortened', 'NormClipping']
+           'mean_near_median', 'Bulyan', 'weiszfeld', 'of_type', 'GeometricMedian', 'shortened_change', 'NormClipping']
 
 # %% ../../nbs/55_server.robust.ipynb #d534b720
 import dataclasses, math
@@ -27,7 +27,9 @@ class Memoryless:
     "A rule that keeps nothing between rounds."
     def state_dict(self) -> dict: return {} # Nothing must be saved
     def load_state_dict(self, d: dict) -> None: # What `state_dict` gave
-        if d: raise InputError(f'{type(self).__name__} keeps no state but was given {next(iter(d))!r}: resume with the rule that saved it')
+        if not d: return
+        raise InputError(f'{type(self).__name__} keeps no state but was given {next(iter(d))!r}: '
+                         'resume with the rule that saved it')
 
 # %% ../../nbs/55_server.robust.ipynb #d66a3127
 def enough_updates(
@@ -40,7 +42,8 @@ def enough_updates(
     updates = sorted(updates, key=lambda u: u.client)
     lower = ', or lower its settings' if least > 1 else ''
     if len(updates) < least:
-        raise InputError(f'{rule} needs {least} or more updates and has {len(updates)}: ask more clients in each round{lower}')
+        raise InputError(f'{rule} needs {least} or more updates and has {len(updates)}: '
+                         f'ask more clients in each round{lower}')
     for u in updates:
         if u.state.keys() != updates[0].state.keys():
             raise InputError(f'client {u.client} and client {updates[0].client} send different tensors')
@@ -85,6 +88,7 @@ def mean_of_kept(
     if not kept.is_floating_point(): return kept.amax(0)
     return kept.mean(0).clamp(kept.amin(0), kept.amax(0))
 
+# %% ../../nbs/55_server.robust.ipynb #cea98828
 def middle(
     values: Tensor, # (clients, numbers), each column ascending
 ) -> Tensor: # (numbers)
@@ -94,7 +98,7 @@ def middle(
 # %% ../../nbs/55_server.robust.ipynb #01c0ca26
 @dataclasses.dataclass(frozen=True)
 class FedMedian(Memoryless):
-    "The median of each coordinate; weights are not used."
+    "The median of each coordinate; weights are not used (Yin et al. 2018, definition 1)."
     def step(self,
         global_state: State, # The model the round began with
         updates: Iterable[Update], # The good ones
@@ -105,7 +109,8 @@ class FedMedian(Memoryless):
 # %% ../../nbs/55_server.robust.ipynb #0c056d07
 @dataclasses.dataclass(frozen=True)
 class FedTrimmedAvg(Memoryless):
-    "The plain mean of each coordinate without its smallest and largest values; weights are not used."
+    """The plain mean of each coordinate without its smallest and largest values; weights are not used (Yin et al.
+    2018, definition 2)."""
     trim: float = 0.2 # Share of the clients that is cut off at each end, below 0.5
 
     def __post_init__(self): check_number(self.trim, 'trim', 0, 0.5, owner='FedTrimmedAvg')
@@ -116,7 +121,8 @@ class FedTrimmedAvg(Memoryless):
     ) -> State: # The next model
         "One round of the server. Raises `InputError` without updates."
         updates = enough_updates(updates, global_state, self)
-        cut = min(math.floor(self.trim*len(updates) + 1e-9), (len(updates) - 1) // 2)  # 0.29*100 is a little less than 29
+        share = math.floor(self.trim*len(updates) + 1e-9)  # 0.29*100 is a little less than 29
+        cut = min(share, (len(updates) - 1) // 2)
         return {**global_state, **by_coordinate(updates, lambda values: mean_of_kept(values[cut:len(values) - cut]))}
 
 # %% ../../nbs/55_server.robust.ipynb #24b796cb
@@ -143,6 +149,7 @@ def products(
     for change in changes(updates, before): total += (change @ change.T).cpu().numpy()
     return (total + total.T) / 2
 
+# %% ../../nbs/55_server.robust.ipynb #3e0b6cfb
 def squared_distances(
     gram: np.ndarray, # G, as `products` gives it (clients, clients)
 ) -> np.ndarray: # (clients, clients); infinite where a square is too large for a float
@@ -167,7 +174,7 @@ def krum_order(
 # %% ../../nbs/55_server.robust.ipynb #030c5c9d
 @dataclasses.dataclass(frozen=True)
 class Krum(Memoryless):
-    "The one client that is nearest to its neighbours; weights are not used."
+    "The one client that is nearest to its neighbours; weights are not used (Blanchard et al. 2017)."
     malicious: int # f: how many clients of a round may be bad
 
     def __post_init__(self): check_number(self.malicious, 'malicious', 0, whole=True, owner=type(self).__name__)
@@ -185,7 +192,8 @@ class Krum(Memoryless):
 # %% ../../nbs/55_server.robust.ipynb #d50d869c
 @dataclasses.dataclass(frozen=True)
 class MultiKrum(Memoryless):
-    "The plain mean of the clients that are nearest to their neighbours; weights are not used."
+    """The plain mean of the clients that are nearest to their neighbours; weights are not used (Blanchard et al.
+    2017, Multi-Krum)."""
     malicious: int # f: how many clients of a round may be bad
     keep: int | None = None # m: how many to average; None: n - f - 2
 
@@ -217,7 +225,8 @@ def mean_near_median(
 # %% ../../nbs/55_server.robust.ipynb #9fa76e40
 @dataclasses.dataclass(frozen=True)
 class Bulyan(Memoryless):
-    "Clients chosen by repeated Krum, then per coordinate the mean of what is nearest their median; weights are not used."
+    """Clients chosen by repeated Krum, then per coordinate the mean of what is nearest their median; weights are not
+    used (El Mhamdi et al. 2018)."""
     malicious: int # f: how many clients of a round may be bad
 
     def __post_init__(self): check_number(self.malicious, 'malicious', 0, whole=True, owner=type(self).__name__)
@@ -242,9 +251,11 @@ def weiszfeld(
     tolerance: float, # Stop at a step shorter than this share of the harmonic mean change
     smoothing: float, # nu: the least distance that is divided by
 ) -> np.ndarray: # c: shares that sum to 1 (clients,)
-    "The geometric median as a combination of clients (Pillutla et al. 2022). Raises `InputError` when no change can be measured."
+    """The geometric median as a combination of clients, by smoothed Weiszfeld steps (Pillutla et al. 2019). Raises
+    `InputError` when no change can be measured."""
     far = ~np.isfinite(gram.diagonal())  # their squares overflow, and their shares are nothing
-    if far.all(): raise InputError('no change is short enough to be measured: its square overflows float64; set a norm_limit')
+    if far.all():
+        raise InputError('no change is short enough to be measured: its square overflows float64; set a norm_limit')
     gram, alpha = np.where(far | far[:, None], 0, gram), np.where(far, 0, alpha)
     def length(c): return np.sqrt(((c @ gram) * c).sum(-1).clip(min=0))
     beta = alpha / np.maximum(smoothing, np.sqrt(gram.diagonal()))
@@ -266,7 +277,7 @@ def of_type(
 # %% ../../nbs/55_server.robust.ipynb #77a07bde
 @dataclasses.dataclass(frozen=True)
 class GeometricMedian(Memoryless):
-    "The point with the least weighted sum of distances to the clients."
+    "The point with the least weighted sum of distances to the clients (Pillutla et al. 2019)."
     iterations: int = 1000 # At most so many; they cost next to nothing
     tolerance: float = 1e-9 # Stop at a step shorter than this share of the harmonic mean change
     smoothing: float = 1e-6 # nu: the least distance that is divided by
@@ -282,7 +293,8 @@ class GeometricMedian(Memoryless):
     ) -> State: # The next model; whole numbers are medians, the larger of two middle ones
         "One round of the server. Raises `InputError` without updates."
         updates = enough_updates(updates, global_state, self)
-        weights = np.array([u.weight for u in updates], float) / max(u.weight for u in updates)
+        weights = np.array([u.weight for u in updates], float)
+        weights = weights / weights.max()
         gram = products(updates, global_state)
         c = weiszfeld(gram, weights / weights.sum(), self.iterations, self.tolerance, self.smoothing)
         near = [(of_type(u.state, floating=True), share) for u, share in zip(updates, c.tolist()) if share > 0]
@@ -291,7 +303,7 @@ class GeometricMedian(Memoryless):
 
 # %% ../../nbs/55_server.robust.ipynb #c1d26c9a
 @torch.no_grad()
-def shortened(
+def shortened_change(
     state: State, # What a client sent
     start: State, # The model the round began with
     share: float, # How much of the change is left, from 0 to 1
@@ -330,6 +342,6 @@ def step(self: NormClipping,
     limit = median_low(lengths) if self.limit is None else self.limit
     short = []
     for u, length in zip(updates, lengths):
-        if length > limit: u = dataclasses.replace(u, state=shortened(u.state, global_state, limit/length))
+        if length > limit: u = dataclasses.replace(u, state=shortened_change(u.state, global_state, limit/length))
         short.append(u)
     return self.then.step(global_state, short)
