@@ -12,7 +12,7 @@ from PIL import Image
 from fedsq_nb import __version__
 from fedsq_nb.data.example import ResCNN
 from fedsq_nb.cli import main
-from fedsq_nb.study.settings import SETTINGS
+from fedsq_nb.study.settings import SETTINGS, value_text
 from fedsq_nb.study.config import Config, read_toml
 from fedsq_nb.study.folder import read_lines
 
@@ -231,7 +231,7 @@ def test_a_decompression_bomb_is_not_decoded(refused, fedsq, tmp_path):
     Image.new('L', (13_000, 13_000)).save(data/'a'/'0.png')
     assert (data/'a'/'0.png').stat().st_size < 300_000
     refused(['--data', data], data/'a'/'0.png', '13000 x 13000', '100,000,000 pixels', '--max-pixels', '--skip-bad')
-    refused(['--data', data, '--max-pixels', '100'], '14', 'more than 100 pixels')
+    refused(['--data', pictures(tmp_path/'small'), '--max-pixels', '100'], '11 x 14', 'more than 100 pixels')
     status, _, err = fedsq('compare', *QUICK, *SMALL, '--data', data, '--skip-bad', '--out', tmp_path/'out')
     assert status == 0 and '1 unreadable image' in err
 

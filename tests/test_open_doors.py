@@ -102,8 +102,8 @@ def test_a_comparison_shows_itself_and_says_what_comes_next():
 
 
 def test_a_run_is_not_gone_on_with_on_other_data(tmp_path):
-    job = Config(**SMALL, methods=('fedavg',), out=str(tmp_path/'run'))
+    job, own = Config(**SMALL, methods=('fedavg',), out=str(tmp_path/'run')), net()
     def stop(row):
         if row['round'] == 1: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): compare(job, data=splits(), model=net(), say=quiet, on_row=stop)
-    with pytest.raises(ValueError, match='data was'): compare(job.replace(resume=True), data=split('other', pictures(60)), model=net(), say=quiet)
+    with pytest.raises(KeyboardInterrupt): compare(job, data=splits(), model=own, say=quiet, on_row=stop)
+    with pytest.raises(ValueError, match='data was'): compare(job.replace(resume=True), data=split('other', pictures(60)), model=own, say=quiet)

@@ -339,7 +339,9 @@ def class_names(
     "Class names as text."
     if names is None: return None
     found = np.ravel(names).tolist()
-    return [name.decode('utf-8', 'replace') if isinstance(name, bytes) else str(name) for name in found]
+    for i, name in enumerate(found):
+        found[i] = name.decode('utf-8', 'replace') if isinstance(name, bytes) else str(name)
+    return found
 
 # %% ../../nbs/16_data.sources.ipynb #58f826c5
 def read_npz(

@@ -114,7 +114,8 @@ def check_length(
     "Raise `InputError` for a path that is longer than any file's."
     if len(path.encode()) < 4096 and max(len(part.encode()) for part in path.split('/')) < 256: return
     from fedsq_nb.core import InputError
-    raise InputError(f'{name} {value_text(path)} is too long: a path has up to 4,095 bytes, and each name in it up to 255')
+    raise InputError(f'{name} {value_text(path)} is too long: '
+                     'a path has up to 4,095 bytes, and each name in it up to 255')
 
 # %% ../../nbs/68_study.settings.ipynb #228db1a3
 def checked_text(
@@ -124,7 +125,8 @@ def checked_text(
 ) -> str: # With the home folder for ~
     "Text that can be written down. Raises `InputError` for any other, and for the home of somebody unknown."
     from fedsq_nb.core import InputError
-    if '\0' in text: raise InputError(f'{name} {value_text(text)} holds the character NUL, which no name may: leave it out')
+    if '\0' in text:
+        raise InputError(f'{name} {value_text(text)} holds the character NUL, which no name may: leave it out')
     try: text.encode()
     except UnicodeEncodeError:
         raise InputError(f'{name} {value_text(text)} is not UTF-8, and settings are written down as UTF-8: '
