@@ -63,7 +63,7 @@ def killed_run(kind, folder, seconds, gen, most=12):
         if p.exitcode == 0: return where
         if p.exitcode != -signal.SIGKILL: raise AssertionError(f'{kind}: ended with {p.exitcode}\n{log.read_text()}')
         where.append('calibration' if calibrating else 'rounds')
-        if begun and not is_begun(folder): return where  # killed after its end
+        if (folder/'config.toml').exists() and not is_begun(folder): return where  # killed after its end
     p = start(['compare', '--resume', '--out', folder] if (folder/'config.toml').exists() else ['compare', *SHORT, *KINDS[kind], '--out', folder], log)
     p.join(300)
     if p.exitcode != 0:
