@@ -32,7 +32,8 @@ def collected(
     for room, exported in exports.items():
         for name, value in exported.items():
             if name in names and names[name] is not value:
-                raise InputError(f'{room} and {owners[name]} both export {name!r}, and mean different things: rename one')
+                both = f'{room} and {owners[name]} both export {name!r}'
+                raise InputError(f'{both}, and mean different things: rename one')
             names[name], owners[name] = value, room
     return names
 

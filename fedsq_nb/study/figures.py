@@ -6,7 +6,7 @@
 __all__ = ['FIRST', 'COLOURS', 'DASHES', 'MARKERS', 'name_number', 'method_colour', 'method_styles', 'Picture', 'plain_text',
            'by_round', 'draw_crosses', 'draw_method', 'best_mean', 'finding', 'column_name', 'is_share', 'dress',
            'draw_curves', 'curves', 'averaging_curves', 'site_shares', 'gate_shares', 'highest', 'gate_title',
-           'draw_gates', 'gate_maps', 'read_counts', 'shortened', 'map_axes', 'partition_maps']
+           'draw_gates', 'gate_maps', 'read_counts', 'short_name', 'map_axes', 'partition_maps']
 
 # %% ../../nbs/79_study.figures.ipynb #e47bdeac
 import io, os, zlib
@@ -328,7 +328,7 @@ def read_counts(
     return counts, saved.get('classes')
 
 # %% ../../nbs/79_study.figures.ipynb #7a1c55e0
-def shortened(
+def short_name(
     name: object, # A class
     most: int = 20, # Characters
 ) -> str:
@@ -356,7 +356,7 @@ def partition_maps(
 ) -> Picture: # Clients x classes, one map per seed, three at most
     "The partition of a run. Raises `InputError` when `partition.json` is missing or cannot be read."
     counts, classes = read_counts(folder)
-    names = [plain_text(shortened(name)) for name in classes or []]
+    names = [plain_text(short_name(name)) for name in classes or []]
     shown = list(counts.items())[:3]
     fig, axes = map_axes(len(shown), *shown[0][1].shape)
     for ax, (seed, c) in zip(axes, shown): heat_map(c, names or None, ax=ax, title=f'seed {seed}')

@@ -77,8 +77,8 @@ def natural_owners(
 ) -> np.ndarray: # The same
     "Raise `InputError` when the data name no owners."
     if owners is not None: return owners
-    raise InputError("partition 'natural' needs data that name their clients: client/class/ folders with client_level='outer', "
-                     "a table with client_column, or load_data(..., owners=...)")
+    raise InputError("partition 'natural' needs data that name their clients: client/class/ folders with "
+                     "client_level='outer', a table with client_column, or load_data(..., owners=...)")
 
 # %% ../../nbs/73_study.task.ipynb #23da8a32
 def processors() -> int: # How many this process may use; 1 where workers cannot be forked safely
