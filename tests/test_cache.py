@@ -699,3 +699,30 @@ def test_on_a_gpu(kind, tmp_path):
     dc, batches = dual().cuda(), Batches(DATA.to('cuda'), **SHOW, device='cuda')
     cache, at = gate_cache(dc, batches, folder=tmp_path if kind == 'file' else None), torch.arange(BS, device='cuda')
     same(cache.fetch(at), dc.gates(batches.show(at)))
+
+
+@pytest.mark.parametrize('soft', ['float32', 'float16'])
+def test_windows_that_are_folded_into_the_batch_are_stored_with_their_image(soft):
+    "A Swin transformer treats windows as a batch: an image has several rows in the gates of its attention."
+    import torchvision
+    from fedsq_nb.gating.cache import pack, slots_of, unpack
+    with seeded(0, 'swin'): net, x = torchvision.models.SwinTransformer([2, 2], 8, [1, 1], [2, 2], [3, 3], num_classes=4).eval(), torch.randn(3, 3, 16, 16)
+    dc = DualCopy(net).eval()
+    slots = slots_of(dc.gates(x[:1]), dc.symbols, soft, images=1)
+    assert any(slot.rows > 1 for slot in slots)
+    back = unpack(torch.from_numpy(pack(dc.gates(x), slots)), slots)
+    alone = [unpack(torch.from_numpy(pack(dc.gates(x[i:i+1]), slots)), slots) for i in range(3)]
+    for site, gate in dc.gates(x).items():
+        assert back[site].shape == gate.shape
+        torch.testing.assert_close(back[site], gate, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(torch.cat([one[site] for one in alone]), gate, rtol=1e-2, atol=1e-2)
+
+
+def test_a_sequence_first_network_cannot_store_and_says_so():
+    from fedsq_nb.gating.cache import check_rows
+    class First(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+        def forward(self, x): return self.b(torch.relu(self.a(x.flatten(2).permute(2, 0, 1)))).mean(0)
+    net, x = First(), torch.randn(1, 4, 2, 3)
+    dc = DualCopy(net).eval()
+    with pytest.raises(InputError, match='cache=off'): check_rows(dc, dc.gates(x), x)

@@ -144,3 +144,8 @@ def writes(dc):
 def test_a_planted_fault_is_seen(change):
     dc, net, x = planted(change)
     with pytest.raises(CertificateError): dc.certify(x, net)
+
+
+def test_a_network_of_sigmoids_warns_that_only_its_head_trains():
+    with seeded(0, 'sigmoids'): net, x = nn.Sequential(nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 3)), torch.randn(4, 6)
+    with pytest.warns(UserWarning, match='4 of 6 trained tensors only decide'): DualCopy(net, example=x)

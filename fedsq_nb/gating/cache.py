@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Slot', 'slot_of', 'slots_of', 'row_bytes', 'pack_site', 'check_range', 'pack', 'unpack_bits', 'unpack_site',
-           'in_shape', 'unpack', 'Plan', 'plan', 'memory_order', 'cache_key', 'array_hash', 'layer_settings', 'wiring',
-           'GateCache', 'packed_rows', 'cache_in_memory', 'write_cache', 'open_cache', 'checksum', 'mapped_cache',
-           'storage_verdict', 'check_cache_folder', 'gate_cache']
+           'in_shape', 'unpack', 'Plan', 'plan', 'check_rows', 'memory_order', 'cache_key', 'array_hash',
+           'layer_settings', 'wiring', 'GateCache', 'packed_rows', 'cache_in_memory', 'write_cache', 'open_cache',
+           'checksum', 'mapped_cache', 'storage_verdict', 'check_cache_folder', 'gate_cache']
 
 # %% ../../nbs/38_gating.cache.ipynb #9f63c9dd
 import errno, hashlib, json, math, os, struct
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..core import InputError, check_name, state_hash, whole_file
 from ..data.batches import Batches
 from .dualcopy import DualCopy
-from .gates import Gates, is_channels_last
+from .gates import Gates, disagreement, is_channels_last
 
 # %% ../../nbs/38_gating.cache.ipynb #6b2aac13
 class Slot(NamedTuple):
@@ -33,9 +33,10 @@ class Slot(NamedTuple):
     bits: int # For each unit; 0 when numbers are stored instead
     stored: str # Type of the stored numbers: 'float16', 'bfloat16', 'float32'; 'bits' when bits are
     channels_last: bool # In which order the units are stored: channels last, as the network that will use them runs?
+    rows: int = 1 # Rows of the gate for one image: a network that folds windows into the batch has several
 
     @property
-    def units(self) -> int: return math.prod(self.shape)
+    def units(self) -> int: return self.rows * math.prod(self.shape)
 
     @property
     def plane(self) -> int: return -(-self.units // 8)  # bytes of one bit of every unit
@@ -51,25 +52,31 @@ def slot_of(
     gate: Tensor, # Its gates for some images (b, ...)
     symbols: int | None, # How many values a gate can take; 0 or None: whole bytes; -1: keep the numbers' type
     soft: str, # Type to store numbers in
+    rows: int = 1, # Rows of the gate for one image
 ) -> Slot:
     "How one site's gates are packed."
     shape, dtype = tuple(gate.shape[1:]), str(gate.dtype).removeprefix('torch.')
     last = is_channels_last(gate)
     if gate.is_floating_point():
-        many = math.prod(shape) >= 256 and symbols != -1
-        return Slot(site, shape, dtype, 0, soft if many else dtype, last)
+        many = rows*math.prod(shape) >= 256 and symbols != -1
+        return Slot(site, shape, dtype, 0, soft if many else dtype, last, rows)
     if gate.dtype == torch.bool: symbols = 2
     if not symbols: symbols = torch.iinfo(gate.dtype).max + 1
-    return Slot(site, shape, dtype, max(1, (symbols - 1).bit_length()), 'bits', last)
+    return Slot(site, shape, dtype, max(1, (symbols - 1).bit_length()), 'bits', last, rows)
 
 # %% ../../nbs/38_gating.cache.ipynb #f6a97abf
 def slots_of(
     gates: Gates, # Gates of some images
     symbols: dict[str, int], # By site, how many values a gate can take, as in `slot_of`: `DualCopy.symbols`
     soft: str = 'float16', # Type to store numbers in: 'float16', 'bfloat16' or 'float32'
+    images: int | None = None, # How many images the gates are of; None for one a row
 ) -> list[Slot]: # In the order of `gates`
     "How gates like these are packed."
-    return [slot_of(site, gate, symbols.get(site), soft) for site, gate in gates.items()]
+    slots = []
+    for site, gate in gates.items():
+        rows = 1 if images is None else len(gate) // images
+        slots.append(slot_of(site, gate, symbols.get(site), soft, rows))
+    return slots
 
 # %% ../../nbs/38_gating.cache.ipynb #355be790
 def row_bytes(
@@ -85,7 +92,7 @@ def pack_site(
 ) -> list[np.ndarray]: # uint8 (b, bytes) for each plane
     "One site's bytes, plane by plane. Raises `InputError` for numbers that their type cannot hold."
     if slot.channels_last: gate = gate.permute(0, 2, 3, 1)
-    flat = gate.flatten(1)
+    flat = gate.reshape(-1, slot.units)
     if slot.bits == 0:
         check_range(flat, slot)
         return [flat.to(getattr(torch, slot.stored)).contiguous().view(torch.uint8).numpy()]
@@ -149,9 +156,10 @@ def in_shape(
     slot: Slot, # How they were packed
 ) -> Tensor: # (b, *shape), in the memory order that the slot says
     "A site's gates as the network had them."
-    if not slot.channels_last: return flat.view(len(flat), *slot.shape)
+    many = len(flat) * slot.rows
+    if not slot.channels_last: return flat.view(many, *slot.shape)
     c, h, w = slot.shape
-    return flat.view(len(flat), h, w, c).permute(0, 3, 1, 2)
+    return flat.view(many, h, w, c).permute(0, 3, 1, 2)
 
 # %% ../../nbs/38_gating.cache.ipynb #e308952d
 def unpack(
@@ -189,8 +197,26 @@ def plan(
     "What a cache of these images would hold. Raises `InputError` for another type."
     check_name(soft, ('float16', 'bfloat16', 'float32'), 'type of stored soft gates')
     first = torch.zeros(1, dtype=torch.int64, device=batches.images.device)
-    gates = dc.gates(batches.show(first).to(memory_format=memory_order(dc)))
-    return Plan(slots_of(gates, dc.symbols, soft), len(batches.labels), batches.augment.fixed)
+    x = batches.show(first).to(memory_format=memory_order(dc))
+    gates = dc.gates(x)
+    check_rows(dc, gates, x)
+    return Plan(slots_of(gates, dc.symbols, soft, images=1), len(batches.labels), batches.augment.fixed)
+
+# %% ../../nbs/38_gating.cache.ipynb #867112a0
+def check_rows(
+    dc: DualCopy, # The network whose structural copy decides
+    gates: Gates, # Of one image
+    x: Tensor, # That image (1, c, h, w)
+) -> None:
+    "Raise `InputError` if an image's gates are not rows of their own in a batch's."
+    if all(len(gate) == 1 for gate in gates.values()): return
+    order = torch.contiguous_format if not is_channels_last(x) else torch.channels_last
+    other = x.flip(-1)
+    both, second = dc.gates(torch.cat([x, other]).to(memory_format=order)), dc.gates(other.to(memory_format=order))
+    for site, gate in gates.items():
+        apart = torch.cat([gate, second[site]])
+        if both[site].shape == apart.shape and disagreement({site: both[site]}, {site: apart})[site] < 1e-3: continue
+        raise InputError(f'gates of site {site!r} have no rows for each image and cannot be stored: use cache=off')
 
 # %% ../../nbs/38_gating.cache.ipynb #59c98171
 def memory_order(

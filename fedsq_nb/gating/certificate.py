@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Trial', 'declared_of', 'in_type', 'one_copy', 'tensors_of', 'worst', 'Finding', 'Certificate', 'memory_of', 'rows',
-           'with_other_company', 'alike', 'check_same', 'probe', 'runs_in_double', 'calm', 'certify']
+           'with_other_company', 'alike', 'check_same', 'probe', 'runs_in_double', 'calm', 'say_still', 'certify']
 
 # %% ../../nbs/35_gating.certificate.ipynb #6d1a5d77
-import copy, math, time
+import copy, math, time, warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -476,12 +476,13 @@ def affine_error(self: Trial,
     "How far the output is from affine in one tensor, from end to end of a long line."
     with torch.no_grad():
         ends = []
-        for step in (-3., 0., 5.):
-            self.load({name: self.middle[name] + step * self.direction(name, 8)})
+        way = self.direction(name, 8)
+        for step in (-3., 5.):
+            self.load({name: self.middle[name] + step * way})
             ends.append(self.output(self.x, self.gates))
         self.load({name: self.middle[name]})
     error = 0.
-    for a, middle, b in zip(*ends):
+    for a, b, middle in zip(*ends, self.between):
         size = float(torch.stack([a, middle, b]).abs().max())
         error = max(error, float((a + (b - a) * 3/8 - middle).abs().max()) / max(size, 1e-30))
     return error
@@ -501,6 +502,7 @@ def check_affine(self: Trial,
     chosen = sorted({round(i*(len(names) - 1)/max(1, most - 1)) for i in range(most)})
     self.middle = self.moved(7, 0.3)
     self.load(self.middle)
+    with torch.no_grad(): self.between = self.output(self.x, self.gates)
     error = max(self.affine_error(names[i]) for i in chosen)
     self.load(self.start)
     return self.held(name, f'{len(chosen)} of {len(names)} tensors, {how}', error, 'with gates fixed nothing may bend')
@@ -596,6 +598,17 @@ def calm(
         stack.enter_context(seeded(0, 'certificate'))
         yield
 
+# %% ../../nbs/35_gating.certificate.ipynb #850d4891
+def say_still(
+    trial: Trial, # A finished check
+) -> None:
+    "Warn if most trained tensors only decide."
+    many, still = len(trial.start), trial.still
+    if 2*len(still) <= many: return
+    names = ', '.join(still[:3])
+    warnings.warn(f'{len(still)} of {many} trained tensors only decide and will stay as they are ({names}...): '
+                  "excite='own' or attention='own' lets them be trained", stacklevel=5)
+
 # %% ../../nbs/35_gating.certificate.ipynb #6651a9fa
 def certify(
     copied: Any, # A `DualCopy`
@@ -614,4 +627,5 @@ def certify(
         except Exception as e:
             raise CertificateError(f'{type(trial.net).__name__} cannot be certified, as it fails when it is watched: '
                                    f'{type(e).__name__}: {e}; certify=False leaves the check out') from e
+    say_still(trial)
     return Certificate(lines, trial.places, trial.still, time.perf_counter() - began)
