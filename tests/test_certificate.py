@@ -149,3 +149,19 @@ def test_a_planted_fault_is_seen(change):
 def test_a_network_of_sigmoids_warns_that_only_its_head_trains():
     with seeded(0, 'sigmoids'): net, x = nn.Sequential(nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 3)), torch.randn(4, 6)
     with pytest.warns(UserWarning, match='4 of 6 trained tensors only decide'): DualCopy(net, example=x)
+
+
+@pytest.mark.parametrize('freeze', ['1', '0-1', '0-4'])
+def test_a_frozen_batch_norm_does_not_move_and_is_no_fault(freeze):
+    "Frozen layers stay in evaluation mode while the others train, and so does the original that they are compared with."
+    with seeded(0, 'frozen'):
+        net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), nn.Conv2d(4, 4, 3),
+                            nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.5), nn.Flatten(), nn.Linear(64, 3)).eval()
+        net[0][1].running_mean.normal_()
+        net[0][1].running_var.uniform_(.5, 2)
+        x = torch.randn(4, 3, 8, 8)
+    dc = DualCopy(net, freeze=freeze)
+    dc.certify(x)
+    before = dc.train().quantitative[0][1].running_mean.clone()
+    dc(x)
+    assert torch.equal(dc.quantitative[0][1].running_mean, before)

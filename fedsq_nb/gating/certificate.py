@@ -109,6 +109,17 @@ def direction(self: Trial,
         self.noise[name] = noise.to(start.dtype) * spread.nan_to_num(0.).clamp_min(0.1)
     return self.noise[name].flatten().roll(97*draw).view_as(self.noise[name]) * (-1)**draw
 
+# %% ../../nbs/35_gating.certificate.ipynb #7c6d8fee
+@patch
+def set_mode(self: Trial,
+    net: nn.Module, # The original or the quantitative copy
+    training: bool, # Training mode?
+) -> None:
+    "Set the mode as `DualCopy.train` does: what both copies share stays in evaluation mode."
+    shared, own = set(self.copied.structural.modules()), net.train(training)
+    for name, m in self.copied.quantitative.named_modules():
+        if m in shared: own.get_submodule(name).eval()
+
 # %% ../../nbs/35_gating.certificate.ipynb #37fdabf8
 @patch
 def gates_of(self: Trial,
@@ -126,7 +137,7 @@ def output(self: Trial,
 ) -> list[Tensor]: # All tensors of the output
     "The copy's output."
     functions = self.copied.functions
-    self.quantitative.train(training)
+    self.set_mode(self.quantitative, training)
     with Neutral() if training else nullcontext():
         run = functions.training if training else functions.evaluation
         out = run(self.quantitative, in_type(x, False), gates)
@@ -167,7 +178,7 @@ def original(self: Trial,
 ) -> tuple[list[Tensor], Watch]: # All tensors of the output, and what was seen
     "Run the original under a watch. Raises `CertificateError` for an output that is not affine."
     x = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self.x)
-    self.net.train(training)
+    self.set_mode(self.net, training)
     watch = Watch(self.net, x, self.declared, given, neutral=training)
     out = run_original(watch, x)
     self.net.eval()
