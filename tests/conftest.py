@@ -1,8 +1,13 @@
 "One CPU thread for torch: the tensors here are so small that more threads only wait for each other."
+import signal
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope='module')
