@@ -17,24 +17,12 @@ from fedsq_nb.study.task import load_task
 from fedsq_nb.study.methods import METHODS
 from fedsq_nb.engine.execute import Processes, serial
 from fedsq_nb.engine.federate import Federation, Limits, RoundVoid, Sampling
+from processes import gone, running
 
 SMALL = dict(weights='random', lr='0.02', seeds=1, rounds=2, clients=4, alpha=1., min_size=4, batch_size=8, max_train=60, valid_fraction=.05, test_fraction=.05)
 START = {'w': torch.tensor([1., -2., 3.]), 'b': torch.tensor([[.5]]), 'seen': torch.tensor(0), 'none': torch.zeros(0, 2), 'half': torch.ones(3, dtype=torch.bfloat16)}
 
 def timeless(rows): return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in rows]
-
-def gone(pids, seconds=4.):
-    "Are all these processes gone within so many seconds?"
-    end = time.monotonic() + seconds
-    while alive := [p for p in pids if running(p)]:
-        if time.monotonic() > end: return False
-        time.sleep(.02)
-    return not alive
-
-def running(pid):
-    "Is there such a process that is no zombie?"
-    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
-    except OSError: return False
 
 def children(pid=None):
     "Process ids of the children of `pid`, zombies too."

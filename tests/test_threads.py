@@ -11,6 +11,7 @@ from fedsq_nb.core import InputError, Update
 from fedsq_nb.engine import execute
 from fedsq_nb.engine.execute import Processes, WorkerLost, WorkerStuck, serial
 from fedsq_nb.engine.federate import Federation
+from processes import gone
 
 ROOT = Path(__file__).parent.parent
 ZERO = {'w': torch.zeros(2)}
@@ -18,19 +19,6 @@ ZERO = {'w': torch.zeros(2)}
 def children(pid):
     "Process ids of the children of `pid`, those that are dead and not yet buried too."
     return [int(p) for task in Path(f'/proc/{pid}/task').iterdir() for p in (task/'children').read_text().split()]
-
-def gone(pids, seconds=4.):
-    "Are all these processes gone within so many seconds?"
-    end = time.monotonic() + seconds
-    while alive := [p for p in pids if running(p)]:
-        if time.monotonic() > end: return False
-        time.sleep(.02)
-    return not alive
-
-def running(pid):
-    "Is there such a process that is no zombie?"
-    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
-    except OSError: return False
 
 # A convolutional network on noise: products, convolutions and sums long enough to be shared among threads.
 CLIENTS = '''
