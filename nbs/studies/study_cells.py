@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedsq_nb.data.images import Format
 from fedsq_nb.client.backbones import backbone, head_name, image_format
+from fedsq_nb.client.heads import best_ridge_head, head_sums
 from fedsq_nb.gating.cache import GateCache, gate_cache
 from fedsq_nb.core import State, rng
 from fedsq_nb.data.batches import Batches
@@ -139,41 +140,17 @@ def features(
     finally: hook.remove()
     return torch.cat(seen), labels
 
-def ridge(
-    x: Tensor, # Features float64 (n, d)
-    y: Tensor, # Labels int64 (n,)
-    n_classes: int, # How many classes there are
-    strength: float, # Of the penalty, above 0
-) -> tuple[Tensor, Tensor]: # Weight float64 (classes, d) with rows of length 1, and bias (classes,)
-    "The closed-form head: least squares on one-hot labels, each class scaled to length 1 (as Fed3R does)."
-    target = F.one_hot(y, n_classes).double()
-    centre, mean = x.mean(0), target.mean(0)
-    gram = (x - centre).T @ (x - centre) + strength * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(gram, (x - centre).T @ (target - mean)).T
-    length = weight.norm(dim=1, keepdim=True)
-    bias = (mean - weight @ centre) / length[:, 0]
-    return weight / length, bias
-
 def ridge_head(
     net: nn.Module, # A plain network
     train: Batches, # Images to fit on
     valid: Batches, # Images that choose the penalty by accuracy and the temperature by cross-entropy
     precision: str, # Type that layers compute in
     n_classes: int, # How many classes there are
-    strengths: Sequence[float] = (1., 3., 10., 30., 100., 300., 1000., 3000.), # Penalties to try
-    scales: Sequence[float] = tuple(2.**k for k in range(-2, 8)), # Inverse temperatures to try
 ) -> tuple[State, dict]: # 'weight' and 'bias' float32, and what was chosen
-    "The ridge head of a network's features."
-    (x, y), (xv, yv) = features(net, train, precision), features(net, valid, precision)
-    def right(strength):
-        weight, bias = ridge(x, y, n_classes, strength)
-        return score(xv @ weight.T + bias, yv)[0]
-    strength = max(strengths, key=right)
-    weight, bias = ridge(x, y, n_classes, strength)
-    logits = xv @ weight.T + bias
-    scale = min(scales, key=lambda s: score(logits * s, yv)[1])
-    state = {'weight': (scale * weight).float(), 'bias': (scale * bias).float()}
-    return state, {'strength': strength, 'scale': scale, 'valid_accuracy': right(strength)}
+    "The ridge head of a network's features, as `client.heads` solves it."
+    sums = head_sums(*features(net, train, precision), n_classes)
+    head, chosen = best_ridge_head(sums, *features(net, valid, precision))
+    return head, {'valid_accuracy' if name == 'accuracy' else name: value for name, value in chosen.items()}
 
 def with_head(
     net: nn.Module, # A plain network, changed in place
