@@ -26,9 +26,9 @@ from fastcore.basics import patch
 
 from ..core import InputError, State, Update, atomic_write, copy_state, norm, own_state, rng, serialised_bytes
 from ..core import state_hash, tensor_fault
-from .execute import LocalTrainer, WorkerLost, serial
+from .execute import LocalTrainer, WorkerLost, serial, words_of
 from ..server.aggregate import Failure, FailureKind, FedAvg, any_diverged, client_drift, count_nonfinite
-from ..server.aggregate import form_fault, mismatch, screen_updates, shown, whole_number
+from ..server.aggregate import form_fault, mismatch, one_line, screen_updates, shown, whole_number
 from ..server.optimizers import restore_rule, rule_memory
 
 # %% ../../nbs/62_engine.federate.ipynb #60597fd5
@@ -67,11 +67,7 @@ def described(
     length: int = 300, # Most characters
 ) -> str: # One line of plain text
     "The type of an answer, and what it says."
-    name = type(answer).__name__
-    try: text = f'{name}: {answer}'
-    except KeyboardInterrupt: raise
-    except BaseException: text = f'{name}: its text cannot be read'
-    return ' '.join(text.encode('utf-8', 'replace').decode().split())[:length]
+    return one_line(': '.join(words_of(answer)), length)
 
 # %% ../../nbs/62_engine.federate.ipynb #136e56e8
 def answer_fault(
