@@ -239,7 +239,8 @@ def cache_key(
     facts = dict(
         structural=state_hash(state), wiring=wiring(dc), options=[dc.options, dc.plain],
         images=array_hash(batches.images.cpu().numpy()), shape=list(batches.images.shape), batch=batches.bs,
-        show=[batches.form.size, batches.form.channels, batches.mean.flatten().tolist(), batches.std.flatten().tolist()],
+        show=[batches.form.size, batches.form.channels, batches.mean.flatten().tolist(),
+              batches.std.flatten().tolist()],
         pictures=array_hash(pictures), slots=[list(s) for s in slots],
         device=str(batches.images.device.type), torch=torch.__version__)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
